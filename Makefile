@@ -1,0 +1,45 @@
+# `make demo` and `make test` set up everything they need in .venv; a second run installs nothing.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test lint format clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
+
+# Some systems ship python3 without ensurepip; pip then installs into the environment from outside.
+.venv/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "Cobra needs Python 3.10 or newer; say which with: make PYTHON=python3.12 demo"; exit 1; }
+	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv \
+	  && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+	@touch $@
+
+.venv/user: .venv/created pyproject.toml
+	@echo "Installing Cobra into .venv (torch alone is a few GB: this takes some minutes once)"
+	$(BIN)/python -m pip install --quiet --editable '.[easyvqa]'
+	@touch $@
+
+.venv/dev: .venv/user pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: .venv/user  ## train the tiny Cobra on easy-VQA, evaluate it, say where the pictures are
+	$(BIN)/python scripts/pretrain.py +experiment=tiny
+	$(BIN)/python scripts/evaluate.py benchmark=easyvqa model=runs/tiny
+
+test: .venv/dev  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: .venv/dev  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/dev  ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment (runs/, results/ and data/ stay)
+	rm -rf .venv

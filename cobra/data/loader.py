@@ -1,0 +1,44 @@
+"""Dataset + sampler + collate -> an iterator over global batches that can start at any step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.utils.data import DataLoader
+
+from cobra.data.batch import Batch, Example, collate
+from cobra.data.conversations import ConversationDataset
+from cobra.data.sampler import UnitSampler
+
+
+class _Collate:
+    """Cuts a global batch into micro-batches; a class, so that worker processes can receive it."""
+
+    def __init__(self, pad_id: int, micro_batch_size: int) -> None:
+        self.pad_id, self.micro_batch_size = pad_id, micro_batch_size
+
+    def __call__(self, examples: list[Example]) -> list[Batch]:
+        size = self.micro_batch_size
+        return [collate(examples[i : i + size], self.pad_id) for i in range(0, len(examples), size)]
+
+
+def iterate(
+    dataset: ConversationDataset,
+    sampler: UnitSampler,
+    *,
+    micro_batch_size: int,
+    first_step: int,
+    num_steps: int,
+    num_workers: int = 0,
+) -> Iterator[list[Batch]]:
+    """Yield the global batch of every step from `first_step` on, as a list of micro-batches.
+
+    The same steps give the same batches whatever `num_workers` and `first_step` are.
+    """
+    loader: DataLoader[list[Batch]] = DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=sampler.batches(first_step=first_step, num_steps=num_steps),  # type: ignore[arg-type]
+        collate_fn=_Collate(dataset.tokenizer.end_id, micro_batch_size),
+        num_workers=num_workers,
+    )
+    return iter(loader)

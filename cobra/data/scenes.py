@@ -1,0 +1,112 @@
+"""Toy scenes: plain shapes on a light background, rendered together with their ground truth.
+
+The tiny vision towers learn from them. A scene is a pure function of a NumPy generator, so a seed names a data set.
+"""
+
+from dataclasses import dataclass
+from math import ceil, floor, log, sqrt
+
+import numpy as np
+from PIL import Image
+
+from cobra.errors import DataError
+
+RGB = tuple[int, int, int]
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLORS: dict[str, RGB] = {
+    "black": (0, 0, 0),
+    "blue": (0, 0, 255),
+    "brown": (165, 42, 42),
+    "gray": (128, 128, 128),
+    "green": (0, 255, 0),
+    "red": (255, 0, 0),
+    "teal": (0, 128, 128),
+    "yellow": (255, 255, 0),
+}
+
+OVERSAMPLE = 4  # sample points along a pixel's side: an edge pixel has one of 17 shares of coverage
+SHADE = 16  # a painted channel lies at most this far from its named colour
+LIGHT = 226  # every channel of a background is at least this bright
+SIDES = (0.12, 0.55)  # shortest and longest side of an object, as a share of the picture's side
+
+
+@dataclass(frozen=True)
+class Item:
+    """One object. `shape` and `color` name it, `rgb` is its paint, `box` is left, top, right, bottom in pixels.
+
+    A circle fills its box as an ellipse does; a triangle stands on the bottom edge, its tip at the middle of the top.
+    """
+
+    shape: str
+    color: str
+    rgb: RGB
+    box: tuple[float, float, float, float]
+
+    def coverage(self, size: int) -> np.ndarray:
+        """The share of each pixel that the object covers, in a picture of `size` pixels: float64 [size, size]."""
+        left, top, right, bottom = self.box
+        columns, u = _samples(left, right, size)
+        rows, v = _samples(top, bottom, size)
+        v = v[:, None]
+        if self.shape == "circle":
+            inside = u * u + v * v <= 1
+        elif self.shape == "rectangle":
+            inside = (abs(u) <= 1) & (abs(v) <= 1)
+        elif self.shape == "triangle":
+            inside = (2 * abs(u) <= v + 1) & (v <= 1)
+        else:
+            known = ", ".join(SHAPES)
+            raise DataError(f"A scene cannot hold the shape {self.shape!r}. Its shape must be one of {known}.")
+        share = np.zeros((size, size))
+        height, width = share[rows, columns].shape
+        share[rows, columns] = inside.reshape(height, OVERSAMPLE, width, OVERSAMPLE).mean((1, 3))
+        return share
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects on a plain background of `size` x `size` pixels; later objects cover earlier ones."""
+
+    items: tuple[Item, ...]
+    background: RGB
+    size: int
+
+    def pixels(self) -> np.ndarray:
+        """The antialiased picture: uint8 [size, size, 3]."""
+        canvas = np.full((self.size, self.size, 3), self.background, float)
+        for item in self.items:
+            canvas += item.coverage(self.size)[..., None] * (item.rgb - canvas)
+        return np.rint(canvas).astype(np.uint8)
+
+    def image(self) -> Image.Image:
+        """The picture for an image processor."""
+        return Image.fromarray(self.pixels())
+
+
+def _samples(low: float, high: float, size: int) -> tuple[slice, np.ndarray]:
+    """The pixels that low..high touches along one axis, and their sample points in units where it is -1..1."""
+    first, last = (min(max(edge, 0), size) for edge in (floor(low), ceil(high)))
+    points = first + (np.arange((last - first) * OVERSAMPLE) + 0.5) / OVERSAMPLE
+    return slice(first, last), (2 * points - low - high) / (high - low)
+
+
+def random_item(rng: np.random.Generator, size: int) -> Item:
+    """One object of any shape, colour, size and place that lies wholly in a picture of `size` pixels."""
+    shape = str(rng.choice(SHAPES))
+    color = str(rng.choice(list(COLORS)))
+    shade = rng.integers(-SHADE, SHADE, 3, endpoint=True)
+    rgb = np.clip(COLORS[color] + shade, 0, 255)
+    width, height = size * np.exp(rng.uniform(log(SIDES[0]), log(SIDES[1]), 2))  # small ones, the hard ones, abound
+    if shape == "circle":
+        height = width
+    elif shape == "triangle":
+        height = width * sqrt(3) / 2  # equilateral
+    left, top = rng.uniform(0, (size - width, size - height))
+    return Item(shape, color, tuple(map(int, rgb)), tuple(map(float, (left, top, left + width, top + height))))
+
+
+def random_scene(rng: np.random.Generator, size: int = 64) -> Scene:
+    """A scene with one random object on a random light background."""
+    background = rng.integers(LIGHT, 255, 3, endpoint=True)
+    return Scene((random_item(rng, size),), tuple(map(int, background)), size)

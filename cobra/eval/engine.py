@@ -1,0 +1,70 @@
+"""Ask a model all questions of a benchmark: each image is read once, its questions continue from its state."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from cobra.eval.benchmark import Benchmark, Question
+from cobra.eval.store import AnswerStore
+
+State = TypeVar("State")
+
+
+class Answerer(Protocol[State]):
+    """What the engine needs of a model; `cobra.Cobra` has it."""
+
+    def encode_image(self, image: Sequence[Path]) -> State:
+        """Read images once; the result can be indexed by a list of image numbers."""
+        ...
+
+    def generate(self, image: State, prompt: Sequence[str], *, max_new_tokens: int) -> list[str]:
+        """Answer one prompt per image state, greedily."""
+        ...
+
+
+def select(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """Return the first `limit` questions of one fixed shuffled order, so that small sets nest in large ones."""
+    if limit is None:
+        return list(questions)
+    order = np.random.default_rng(0).permutation(len(questions))
+    return [questions[i] for i in sorted(order[:limit])]
+
+
+def ask(
+    model: Answerer[State], benchmark: Benchmark, questions: Sequence[Question], store: AnswerStore, batch_size: int
+) -> None:
+    """Answer the questions that the store has no answer to yet, and write each answer when it is there."""
+    waiting = [question for question in questions if question.id not in store.answers]
+    with tqdm(
+        total=len(questions),
+        initial=len(questions) - len(waiting),
+        unit=" questions",
+        mininterval=0.5 if sys.stderr.isatty() else 15,
+        desc=benchmark.name,
+    ) as bar:
+        for batch in group_by_image(waiting, batch_size):
+            images = list(dict.fromkeys(question.image for question in batch))
+            number = {image: i for i, image in enumerate(images)}
+            states = model.encode_image(images)
+            rows = states[[number[question.image] for question in batch]]  # type: ignore[index]
+            answers = model.generate(
+                rows, [question.text for question in batch], max_new_tokens=benchmark.max_new_tokens
+            )
+            store.append(zip((question.id for question in batch), answers, strict=True))
+            bar.update(len(batch))
+
+
+def group_by_image(questions: Sequence[Question], batch_size: int) -> Iterator[list[Question]]:
+    """Yield batches of at most `batch_size` questions in which those about the same image stand together."""
+    groups: dict[Path, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.image, []).append(question)
+    ordered = [question for group in groups.values() for question in group]
+    for start in range(0, len(ordered), batch_size):
+        yield ordered[start : start + batch_size]

@@ -1,0 +1,71 @@
+"""The evaluate journey: a model and a benchmark -> predictions, scores, report, pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from cobra.api import load
+from cobra.config import EvaluateConfig
+from cobra.errors import DataError
+from cobra.eval import engine, gallery, report
+from cobra.eval.benchmark import Benchmark, Scores
+from cobra.eval.store import AnswerStore
+from cobra.hub import resolve_model_folder
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
+    """Evaluate as configured; the results are in `output` (default: results/<benchmark>/<model name>).
+
+    Raises:
+        CobraError: the data or the model is missing or broken, or the folder holds another evaluation.
+    """
+    weights = resolve_model_folder(config.load) / "model.safetensors"
+    questions = engine.select(benchmark.questions(), config.limit)
+    missing = [q.image for q in questions if not q.image.is_file()]
+    if missing:
+        raise DataError(f"{len(missing)} images of {benchmark.name} are missing, for example {missing[0]}.")
+    name = Path(config.load).expanduser().resolve().name
+    folder = Path(config.output or Path(config.paths.results) / benchmark.name / name)
+    store = AnswerStore(
+        folder,
+        {
+            "model": _digest(weights.read_bytes()),
+            "questions": _digest("\n".join(f"{q.id}\t{q.text}" for q in questions).encode()),
+            "dtype": config.dtype,
+            "max_new_tokens": benchmark.max_new_tokens,
+        },
+    )
+    num_waiting = sum(question.id not in store.answers for question in questions)
+    model = load(config.load, device=config.device, dtype=config.dtype)
+    log.info("Asking %s %s questions of %s.", config.load, f"{num_waiting:,}", benchmark.name)
+    started = time.perf_counter()
+    try:
+        engine.ask(model, benchmark, questions, store, config.batch_size)
+    finally:
+        store.close()
+    seconds = time.perf_counter() - started
+
+    scores = benchmark.score(store.answers, questions)
+    facts: dict[str, Any] = {"benchmark": benchmark.name, "model": config.load, "dtype": config.dtype}
+    facts |= {"limit": config.limit, "asked_now": num_waiting, "seconds": round(seconds, 2)}
+    report.write_results(folder, facts, scores)
+    report.write_report(folder, facts, scores)
+    title = f"{name} on {benchmark.name}: {scores.overall.percent:.2f} %"
+    gallery.plot_types(folder, scores, title)
+    gallery.plot_examples(folder, questions, store.answers, scores, title)
+    for kind, tally in scores.by_type.items():
+        log.info("  %-20s %6.2f %%  of %6s", kind, tally.percent, f"{tally.total:,}")
+    log.info("  %-20s %6.2f %%  of %6s", "all", scores.overall.percent, f"{scores.overall.total:,}")
+    log.info("Report: %s", folder / "report.md")
+    log.info("Pictures: %s, %s", folder / "examples.png", folder / "by_type.png")
+    return scores
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -1,0 +1,140 @@
+"""CobraVLM: vision encoder, projector and Mamba language model in one module (paper, section 3).
+
+The image always comes first, so its tokens are a *prefix* whose Mamba state does not depend on the text. The model
+therefore never builds merged sequences: it reads each image once, and every text that belongs to it starts from the
+image's state. Several rows of a batch may share an image; gradients of all of them flow back through its state.
+
+Shapes: I images, R text rows, P patches, S text tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cobra.config import ModelConfig
+from cobra.errors import ShapeError
+from cobra.models.mamba import MambaLM, MambaState
+from cobra.models.projector import Projector
+from cobra.models.vision import VisionEncoder
+from cobra.text.prompt import IGNORE_INDEX
+
+
+@dataclass(frozen=True, kw_only=True)
+class CobraOutput:
+    """What `CobraVLM.forward` returns.
+
+    Attributes:
+        hidden: final hidden states over image and text positions, [R, P + S, D] ([R, S, D] for text rows).
+        state: Mamba state after each row's last real token.
+        loss_sum: cross-entropy summed over the labelled tokens, float32; None without labels.
+        num_labels: how many labelled tokens that were; a tensor, so that no device waits for the host.
+    """
+
+    hidden: Tensor
+    state: MambaState
+    head: Callable[[Tensor], Tensor]
+    loss_sum: Tensor | None = None
+    num_labels: Tensor | None = None
+
+    @property
+    def loss(self) -> Tensor | None:
+        """Mean cross-entropy over the labelled tokens of this batch."""
+        if self.loss_sum is None or self.num_labels is None:
+            return None
+        return self.loss_sum / self.num_labels.clamp(min=1)
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits at every position, [R, P + S, V]; computed when asked for, as training never needs them all."""
+        return self.head(self.hidden)
+
+
+class CobraVLM(nn.Module):
+    """Images and token ids -> next-token predictions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionEncoder(config.vision)
+        self.projector = Projector(config.projector, self.vision.width, config.llm.d_model)
+        self.llm = MambaLM(config.llm)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.llm.backbone.embedding.weight.device
+
+    def embed_images(self, pixels: list[Tensor]) -> Tensor:
+        """Views of images, uint8 [I, 3, H, W] each -> image tokens [I, P, D]."""
+        frozen = not any(parameter.requires_grad for parameter in self.vision.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            features = self.vision(pixels)
+        return self.projector(features)
+
+    def read_images(self, pixels: list[Tensor]) -> tuple[Tensor, MambaState]:
+        """Read images as prefixes: hidden states [I, P, D] and the state after each image."""
+        return self.llm(self.embed_images(pixels))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        pixels: list[Tensor] | Tensor | None = None,
+        labels: Tensor | None = None,
+        image_index: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> CobraOutput:
+        """Run a batch that is either all image rows or all text rows.
+
+        Args:
+            input_ids: int64 [R, S], padded on the right.
+            pixels: the image transform's views, uint8 [I, 3, H, W] each; a single view may stand without a list;
+                None for a batch of text rows.
+            labels: int64 [R, S], the token wanted at each text position, `IGNORE_INDEX` where none is. The token at a
+                position is predicted from the one before it, the first text token from the last patch. Image
+                positions carry no labels.
+            image_index: int64 [R], which image each row belongs to; None: row r has image r.
+            lengths: int64 [R], real tokens of each row; None: all S. It matters for the returned state alone: as
+                everything is causal, padding on the right changes no real position.
+
+        Raises:
+            ShapeError: numbers of rows, images or labels that do not fit together.
+        """
+        prefix, state = None, None
+        if pixels is not None:
+            prefix, state = self.read_images([pixels] if isinstance(pixels, Tensor) else pixels)  # [I, P, D]
+            if image_index is not None:
+                prefix, state = prefix[image_index], state[image_index]  # [R, P, D]
+            if prefix.shape[0] != input_ids.shape[0]:
+                raise ShapeError(
+                    f"input_ids has {input_ids.shape[0]} rows but pixels has {prefix.shape[0]} images; "
+                    "pass image_index to say which image each row belongs to."
+                )
+        text, state = self.llm(self.llm.embed(input_ids), state=state, lengths=lengths)  # [R, S, D]
+        loss_sum, num_labels = None, None
+        if labels is not None:
+            if labels.shape != input_ids.shape:
+                raise ShapeError(f"labels {list(labels.shape)} and input_ids {list(input_ids.shape)} differ in shape.")
+            loss_sum, num_labels = self._loss(prefix, text, labels)
+        hidden = text if prefix is None else torch.cat([prefix, text], dim=1)
+        return CobraOutput(
+            hidden=hidden, state=state, head=self.llm.head, loss_sum=loss_sum, num_labels=num_labels
+        )
+
+    def _loss(self, prefix: Tensor | None, text: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum the cross-entropy where there are labels; the head sees those positions only.
+
+        Most positions are patches or prompts, and logits at all of them would be the largest tensor of a step.
+        """
+        if prefix is None:
+            before, labels = text[:, :-1], labels[:, 1:]
+        else:
+            before = torch.cat([prefix[:, -1:], text[:, :-1]], dim=1)
+        is_labelled = labels != IGNORE_INDEX
+        logits = self.llm.head(before[is_labelled]).float()
+        return F.cross_entropy(logits, labels[is_labelled], reduction="sum"), is_labelled.sum()

@@ -1,0 +1,36 @@
+"""A fast CPU backend: explicit SIMD kernels compiled by Numba at first use and kept on disk after that."""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+NAME = "cpu"
+PRIORITY = 10
+
+_MODULES = {
+    "selective_scan": "scan",
+    "selective_state_update": "scan",
+    "causal_conv1d": "conv",
+    "causal_conv1d_update": "conv",
+    "add_rms_norm": "norm",
+}
+
+
+def available() -> str | None:
+    """None if Numba is installed."""
+    return None if find_spec("numba") else "numba is not installed; pip install numba"
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> str | None:
+    """CPU tensors of any floating point dtype; what is not float64 is computed in float32."""
+    return None if device.type == "cpu" else "it takes CPU tensors only"
+
+
+def __getattr__(name: str) -> Any:
+    """Import Numba and the kernels when a function is first asked for."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    function = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return function

@@ -1,0 +1,192 @@
+"""Causal depthwise convolution with SiLU, forward and backward.
+
+One work item is one row of the batch and one piece of `PIECE` steps, all channels. The backward pass computes the
+gradient before the SiLU once per block of channels, with the few steps after the piece that its inputs also reach.
+"""
+
+import torch
+from numba import njit
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .layout import compute_dtype, flat, flat_lengths, rows, strided
+from .threads import run
+from .vector import LANES, load, load_some, sigmoid, store, store_some, work_array, zeros
+
+PIECE = 64
+
+
+@njit(forceinline=True)
+def _input(x, x_row, x_step, initial, row, t, width, dim, channel, count):
+    """The input at step t, which may lie before the first one."""
+    if t >= 0:
+        return load_some(x, row * x_row + t * x_step + channel, count)
+    if initial.size:
+        return load_some(initial, (row * (width - 1) + t + width - 1) * dim + channel, count)
+    return zeros(x)
+
+
+@njit(forceinline=True)
+def _filter(weight, width, dim, channel, count, out):
+    """Write the [width, dim] taps of a block as [width, LANES]."""
+    for k in range(width):
+        store(out, k * LANES, load_some(weight, k * dim + channel, count))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _forward(
+    start, stop, length, dim, width, lengths, x, x_row, x_step, weight, bias, initial,
+    y,
+):  # fmt: skip
+    taps = work_array(width * LANES, x)
+    pieces = (length + PIECE - 1) // PIECE
+    for item in range(start, stop):
+        row, begin = item // pieces, item % pieces * PIECE
+        end = min(begin + PIECE, length)
+        valid_end = max(begin, min(end, lengths[row]))
+        for channel in range(0, dim, LANES):
+            count = min(LANES, dim - channel)
+            _filter(weight, width, dim, channel, count, taps)
+            bias_vector = load_some(bias, channel, count) if bias.size else zeros(x)
+            for t in range(begin, valid_end):
+                before = bias_vector
+                for k in range(width):
+                    at = t - width + 1 + k
+                    value = _input(x, x_row, x_step, initial, row, at, width, dim, channel, count)
+                    before = before + load(taps, k * LANES) * value
+                store_some(y, (row * length + t) * dim + channel, count, before * sigmoid(before))
+            for t in range(valid_end, end):
+                store_some(y, (row * length + t) * dim + channel, count, zeros(x))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _backward(
+    start, stop, length, dim, width, lengths, x, x_row, x_step, weight, bias, initial,
+    dy, dy_row, dy_step, dx, dweight, dbias, dinitial,
+):  # fmt: skip
+    taps = work_array(width * LANES, x)
+    dbefore = work_array((PIECE + width - 1) * LANES, x)  # gradient before the SiLU, steps begin to end + width - 1
+    pieces = (length + PIECE - 1) // PIECE
+    for item in range(start, stop):
+        row, begin = item // pieces, item % pieces * PIECE
+        end = min(begin + PIECE, length)
+        valid_end = max(begin, min(end, lengths[row]))
+        for channel in range(0, dim, LANES):
+            count = min(LANES, dim - channel)
+            _filter(weight, width, dim, channel, count, taps)
+            bias_vector = load_some(bias, channel, count) if bias.size else zeros(x)
+            for t in range(begin, end + width - 1):
+                gradient = zeros(x)
+                if t < lengths[row]:
+                    before = bias_vector
+                    for k in range(width):
+                        at = t - width + 1 + k
+                        value = _input(x, x_row, x_step, initial, row, at, width, dim, channel, count)
+                        before = before + load(taps, k * LANES) * value
+                    s = sigmoid(before)
+                    gradient = load_some(dy, row * dy_row + t * dy_step + channel, count)
+                    gradient = gradient * (s + s * before * (1.0 - s))
+                store(dbefore, (t - begin) * LANES, gradient)
+            dbias_vector = zeros(x)
+            for t in range(begin, valid_end):
+                dbias_vector = dbias_vector + load(dbefore, (t - begin) * LANES)
+            store_some(dbias, item * dim + channel, count, dbias_vector)
+            for k in range(width):
+                dtap = zeros(x)
+                for t in range(begin, valid_end):
+                    at = t - width + 1 + k
+                    value = _input(x, x_row, x_step, initial, row, at, width, dim, channel, count)
+                    dtap = dtap + load(dbefore, (t - begin) * LANES) * value
+                store_some(dweight, (item * width + k) * dim + channel, count, dtap)
+            for t in range(begin if begin else 1 - width, end):
+                gradient = zeros(x)
+                for k in range(width):
+                    reached = t + width - 1 - k
+                    if reached >= begin:
+                        gradient = gradient + load(dbefore, (reached - begin) * LANES) * load(taps, k * LANES)
+                if t >= 0:
+                    store_some(dx, (row * length + t) * dim + channel, count, gradient)
+                elif dinitial.size:
+                    store_some(dinitial, (row * (width - 1) + t + width - 1) * dim + channel, count, gradient)
+
+
+def _inputs(x: Tensor, weight: Tensor, bias: Tensor | None, lengths: Tensor | None, initial: Tensor | None) -> tuple:
+    """The arguments that both kernels share, in their order; `weight` is [width, dim] here."""
+    batch, length, dim = x.shape
+    return (
+        length, dim, weight.shape[0], flat_lengths(lengths, batch, length),
+        *strided(x, x), flat(weight, x), flat(bias, x), flat(initial, x),
+    )  # fmt: skip
+
+
+def _num_items(x: Tensor) -> int:
+    return x.shape[0] * -(-x.shape[1] // PIECE)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, lengths: Tensor | None, initial: Tensor | None) -> Tensor:
+    y = x.new_empty(x.shape)
+    run(_forward, _num_items(x), x.numel() * 4, *_inputs(x, weight, bias, lengths, initial), flat(y, x))
+    return y
+
+
+class _CausalConv1d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, lengths, initial):
+        ctx.save_for_backward(x, weight, bias, lengths, initial)
+        return _convolve(x, weight, bias, lengths, initial)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, bias, lengths, initial = ctx.saved_tensors
+        dy = rows(dy)
+        items, (width, dim) = _num_items(x), weight.shape
+        dx, dweight, dbias = x.new_empty(x.shape), x.new_empty(items, width, dim), x.new_empty(items, dim)
+        dinitial = None if initial is None else x.new_empty(initial.shape)
+        run(
+            _backward, items, x.numel() * 8, *_inputs(x, weight, bias, lengths, initial),
+            *strided(dy, x), flat(dx, x), flat(dweight, x), flat(dbias, x), flat(dinitial, x),
+        )  # fmt: skip
+        return dx, dweight.sum(0), None if bias is None else dbias.sum(0), None, dinitial
+
+
+def _last_inputs(x: Tensor, width: int, lengths: Tensor | None, initial: Tensor | None) -> Tensor:
+    """The last `width - 1` inputs at each row's own end; plain operations, so autograd knows their gradient."""
+    batch, length, dim = x.shape
+    if lengths is None and length >= width - 1:
+        return x[:, length - width + 1 :].clone()  # a view would keep all of x alive
+    if initial is None:
+        initial = x.new_zeros(batch, width - 1, dim)
+    ends = torch.full((batch,), length) if lengths is None else lengths.clamp(0, length)
+    at = (ends[:, None] + torch.arange(1 - width, 0))[..., None]  # [batch, width - 1, 1], negative before the start
+    inside = x.gather(1, at.clamp(min=0).expand(-1, -1, dim))
+    outside = initial.to(x.dtype).gather(1, (at + width - 1).clamp(max=width - 2).expand(-1, -1, dim))
+    return torch.where(at >= 0, inside, outside)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `cobra.ops.causal_conv1d`."""
+    dtype = compute_dtype(x)
+    arguments = (
+        rows(x.to(dtype)),
+        weight.to(dtype).t().contiguous(),
+        None if bias is None else bias.to(dtype).contiguous(),
+        lengths,
+        # through the dtype of x, as in the definition: the state holds inputs
+        None if initial_state is None else initial_state.to(x.dtype).to(dtype).contiguous(),
+    )
+    y = _CausalConv1d.apply(*arguments) if torch.is_grad_enabled() else _convolve(*arguments)
+    return y.to(x.dtype), _last_inputs(x, weight.shape[1], lengths, initial_state)
+
+
+def causal_conv1d_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See `cobra.ops.causal_conv1d_update`: a sequence of one step."""
+    y, new_state = causal_conv1d(x[:, None], weight, bias, initial_state=state)
+    return y[:, 0], new_state

@@ -1,0 +1,38 @@
+"""Hand tensors to kernels: a flat array and the strides, so that strided views are read in place."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that an operation on this tensor computes in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last axis is contiguous, else a copy of which that is true."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def flat(tensor: Tensor | None, like: Tensor) -> np.ndarray:
+    """The memory that a tensor spans, from its first to its last element, without a copy; empty for None.
+
+    One compiled kernel then serves every layout: it gets the strides as numbers and always sees a contiguous array.
+    """
+    if tensor is None or tensor.numel() == 0:
+        return np.empty(0, np.float64 if like.dtype == torch.float64 else np.float32)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.detach().as_strided((span,), (1,)).numpy()
+
+
+def strided(tensor: Tensor | None, like: Tensor) -> tuple[np.ndarray, int, int]:
+    """A [batch, length, channels] tensor as kernels take it: memory, stride of a row, stride of a step."""
+    return (flat(tensor, like), 0, 0) if tensor is None else (flat(tensor, like), tensor.stride(0), tensor.stride(1))
+
+
+def flat_lengths(lengths: Tensor | None, batch: int, length: int) -> np.ndarray:
+    """Every row's number of steps, within [0, length]."""
+    if lengths is None:
+        return np.full(batch, length, np.int64)
+    return lengths.clamp(0, length).to(torch.int64).contiguous().numpy()

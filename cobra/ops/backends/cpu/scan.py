@@ -1,0 +1,355 @@
+"""Selective scan, forward and backward.
+
+One work item is one row of the batch and one block of `LANES` channels. Time is cut into chunks of `CHUNK` steps
+whose inputs are prepared once (`_prepare`) and then read for every state index, with that index's state in registers.
+The forward pass keeps the state at chunk borders only; the backward pass rebuilds a chunk from there, then walks it in
+reverse. So memory for states is length / CHUNK, and each exponential is computed once per pass.
+"""
+
+import torch
+from numba import njit
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .layout import compute_dtype, flat, flat_lengths, rows, strided
+from .threads import run
+from .vector import (
+    LANES,
+    LOG2_E,
+    exp2,
+    load,
+    load_some,
+    sigmoid,
+    softplus,
+    store,
+    store_some,
+    total,
+    work_array,
+    zeros,
+)
+
+CHUNK = 32
+
+
+@njit(forceinline=True)
+def _load_state_matrix(A, state, channel, width, scale, out):
+    """Write `A[channel : channel + width] * scale` of [dim, state] as [state, LANES], zeros in the unused lanes."""
+    out[: state * LANES] = 0.0
+    for lane in range(width):
+        for n in range(state):
+            out[n * LANES + lane] = A[(channel + lane) * state + n] * scale
+
+
+@njit(forceinline=True)
+def _step_size(raw, bias, use_softplus):
+    shifted = raw + bias
+    return softplus(shifted) if use_softplus else shifted
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _forward(
+    start, stop, batch, length, dim, state, lengths, use_softplus,
+    u, u_row, u_step, delta, delta_row, delta_step, z, z_row, z_step,
+    B, B_row, B_step, C, C_row, C_step, A, D, bias, initial,
+    y, final, borders,
+):  # fmt: skip
+    matrix = work_array(state * LANES, u)
+    h_all = work_array(state * LANES, u)
+    dts = work_array(CHUNK * LANES, u)
+    xs = work_array(CHUNK * LANES, u)
+    ys = work_array(CHUNK * LANES, u)
+    num_chunks = (length + CHUNK - 1) // CHUNK
+    loaded = -1
+    for item in range(start, stop):
+        block, row = item // batch, item % batch
+        channel = block * LANES
+        width = min(LANES, dim - channel)
+        if block != loaded:
+            _load_state_matrix(A, state, channel, width, LOG2_E, matrix)
+            loaded = block
+        bias_vector = load_some(bias, channel, width) if bias.size else zeros(u)
+        D_vector = load_some(D, channel, width) if D.size else zeros(u)
+        for n in range(state):
+            h = load_some(initial, (row * state + n) * dim + channel, width) if initial.size else zeros(u)
+            store(h_all, n * LANES, h)
+        for begin in range(0, lengths[row], CHUNK):
+            steps = min(CHUNK, lengths[row] - begin)
+            if borders.size:
+                border = ((row * num_chunks + begin // CHUNK) * state) * dim + channel
+                for n in range(state):
+                    store_some(borders, border + n * dim, width, load(h_all, n * LANES))
+            for t in range(steps):
+                raw = load_some(delta, row * delta_row + (begin + t) * delta_step + channel, width)
+                dt = _step_size(raw, bias_vector, use_softplus)
+                u_vector = load_some(u, row * u_row + (begin + t) * u_step + channel, width)
+                store(dts, t * LANES, dt)
+                store(xs, t * LANES, dt * u_vector)
+                store(ys, t * LANES, D_vector * u_vector)
+            for n in range(state):
+                A_vector = load(matrix, n * LANES)
+                h = load(h_all, n * LANES)
+                B_at = row * B_row + begin * B_step + n
+                C_at = row * C_row + begin * C_step + n
+                for t in range(steps):
+                    h = exp2(load(dts, t * LANES) * A_vector) * h + load(xs, t * LANES) * B[B_at + t * B_step]
+                    store(ys, t * LANES, load(ys, t * LANES) + h * C[C_at + t * C_step])
+                store(h_all, n * LANES, h)
+            for t in range(steps):
+                y_vector = load(ys, t * LANES)
+                if z.size:
+                    gate = load_some(z, row * z_row + (begin + t) * z_step + channel, width)
+                    y_vector = y_vector * (gate * sigmoid(gate))
+                store_some(y, (row * length + begin + t) * dim + channel, width, y_vector)
+        for t in range(lengths[row], length):
+            store_some(y, (row * length + t) * dim + channel, width, zeros(u))
+        for n in range(state):
+            store_some(final, (row * state + n) * dim + channel, width, load(h_all, n * LANES))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _backward(
+    start, stop, batch, length, dim, state, lengths, use_softplus,
+    u, u_row, u_step, delta, delta_row, delta_step, z, z_row, z_step,
+    B, B_row, B_step, C, C_row, C_step, A, D, bias, borders,
+    dy, dy_row, dy_step, dfinal,
+    du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial,
+):  # fmt: skip
+    matrix = work_array(state * LANES, u)
+    dh_all = work_array(state * LANES, u)
+    dA_all = work_array(state * LANES, u)
+    dts = work_array(CHUNK * LANES, u)
+    xs = work_array(CHUNK * LANES, u)
+    ys = work_array(CHUNK * LANES, u)
+    dys = work_array(CHUNK * LANES, u)
+    ddts = work_array(CHUNK * LANES, u)
+    dxs = work_array(CHUNK * LANES, u)
+    decays = work_array(CHUNK * LANES, u)
+    hs = work_array((CHUNK + 1) * LANES, u)
+    num_chunks = (length + CHUNK - 1) // CHUNK
+    num_blocks = (dim + LANES - 1) // LANES
+    loaded = -1
+    for item in range(start, stop):
+        block, row = item // batch, item % batch
+        channel = block * LANES
+        width = min(LANES, dim - channel)
+        if block != loaded:
+            _load_state_matrix(A, state, channel, width, 1.0, matrix)
+            loaded = block
+        bias_vector = load_some(bias, channel, width) if bias.size else zeros(u)
+        D_vector = load_some(D, channel, width) if D.size else zeros(u)
+        dbias_vector = zeros(u)
+        dD_vector = zeros(u)
+        for n in range(state):
+            dh = load_some(dfinal, (row * state + n) * dim + channel, width) if dfinal.size else zeros(u)
+            store(dh_all, n * LANES, dh)
+            store(dA_all, n * LANES, zeros(u))
+        last_chunk = (lengths[row] + CHUNK - 1) // CHUNK - 1
+        for chunk in range(last_chunk, -1, -1):
+            begin = chunk * CHUNK
+            steps = min(CHUNK, lengths[row] - begin)
+            for t in range(steps):
+                raw = load_some(delta, row * delta_row + (begin + t) * delta_step + channel, width)
+                dt = _step_size(raw, bias_vector, use_softplus)
+                u_vector = load_some(u, row * u_row + (begin + t) * u_step + channel, width)
+                dy_vector = load_some(dy, row * dy_row + (begin + t) * dy_step + channel, width)
+                if z.size:
+                    gate = load_some(z, row * z_row + (begin + t) * z_step + channel, width)
+                    dy_vector = dy_vector * (gate * sigmoid(gate))
+                store(dts, t * LANES, dt)
+                store(xs, t * LANES, dt * u_vector)
+                store(ys, t * LANES, D_vector * u_vector)
+                store(dys, t * LANES, dy_vector)
+                store(ddts, t * LANES, zeros(u))
+                store(dxs, t * LANES, zeros(u))
+            for n in range(state):
+                A_vector = load(matrix, n * LANES)
+                A_scaled = A_vector * LOG2_E
+                B_at = row * B_row + begin * B_step + n
+                C_at = row * C_row + begin * C_step + n
+                h = load_some(borders, ((row * num_chunks + chunk) * state + n) * dim + channel, width)
+                store(hs, 0, h)
+                for t in range(steps):
+                    decay = exp2(load(dts, t * LANES) * A_scaled)
+                    h = decay * h + load(xs, t * LANES) * B[B_at + t * B_step]
+                    store(decays, t * LANES, decay)
+                    store(hs, (t + 1) * LANES, h)
+                dh = load(dh_all, n * LANES)
+                dA_vector = load(dA_all, n * LANES)
+                out = ((row * num_blocks + block) * length + begin) * state + n
+                for t in range(steps - 1, -1, -1):
+                    dy_vector = load(dys, t * LANES)
+                    h = load(hs, (t + 1) * LANES)
+                    c = C[C_at + t * C_step]
+                    dh = dh + dy_vector * c
+                    dC[out + t * state] = total(dy_vector * h)
+                    dB[out + t * state] = total(dh * load(xs, t * LANES))
+                    if z.size:
+                        store(ys, t * LANES, load(ys, t * LANES) + h * c)
+                    store(dxs, t * LANES, load(dxs, t * LANES) + dh * B[B_at + t * B_step])
+                    dh = dh * load(decays, t * LANES)
+                    through_decay = dh * load(hs, t * LANES)
+                    store(ddts, t * LANES, load(ddts, t * LANES) + through_decay * A_vector)
+                    dA_vector = dA_vector + through_decay * load(dts, t * LANES)
+                store(dh_all, n * LANES, dh)
+                store(dA_all, n * LANES, dA_vector)
+            for t in range(steps):
+                at = (row * length + begin + t) * dim + channel
+                u_vector = load_some(u, row * u_row + (begin + t) * u_step + channel, width)
+                dx = load(dxs, t * LANES)
+                dy_vector = load(dys, t * LANES)
+                store_some(du, at, width, dx * load(dts, t * LANES) + dy_vector * D_vector)
+                dD_vector = dD_vector + dy_vector * u_vector
+                ddt = load(ddts, t * LANES) + dx * u_vector
+                if use_softplus:
+                    raw = load_some(delta, row * delta_row + (begin + t) * delta_step + channel, width)
+                    ddt = ddt * sigmoid(raw + bias_vector)
+                dbias_vector = dbias_vector + ddt
+                store_some(ddelta, at, width, ddt)
+                if z.size:
+                    gate = load_some(z, row * z_row + (begin + t) * z_step + channel, width)
+                    gated = load_some(dy, row * dy_row + (begin + t) * dy_step + channel, width)
+                    s = sigmoid(gate)
+                    slope = s + s * gate * (1.0 - s)
+                    store_some(dz, at, width, gated * load(ys, t * LANES) * slope)
+        for t in range(lengths[row], length):
+            at = (row * length + t) * dim + channel
+            store_some(du, at, width, zeros(u))
+            store_some(ddelta, at, width, zeros(u))
+            if z.size:
+                store_some(dz, at, width, zeros(u))
+            out = ((row * num_blocks + block) * length + t) * state
+            dB[out : out + state] = 0.0
+            dC[out : out + state] = 0.0
+        for n in range(state):
+            at = (row * state + n) * dim + channel
+            store_some(dA, at, width, load(dA_all, n * LANES))
+            store_some(dinitial, at, width, load(dh_all, n * LANES))
+        store_some(dD, row * dim + channel, width, dD_vector)
+        store_some(dbias, row * dim + channel, width, dbias_vector)
+
+
+def _inputs(u, delta, A, B, C, D, z, delta_bias, use_softplus, lengths) -> tuple:
+    """The arguments that both kernels share, in their order."""
+    batch, length, dim = u.shape
+    return (
+        batch, length, dim, A.shape[1], flat_lengths(lengths, batch, length), use_softplus,
+        *strided(u, u), *strided(delta, u), *strided(z, u), *strided(B, u), *strided(C, u),
+        flat(A, u), flat(D, u), flat(delta_bias, u),
+    )  # fmt: skip
+
+
+def _num_items(u: Tensor) -> int:
+    return u.shape[0] * -(-u.shape[2] // LANES)
+
+
+def _scan(
+    u, delta, A, B, C, D, z, delta_bias, use_softplus, lengths, initial_state, *, keep_borders: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Outputs, final state and, for the backward pass, the states at the borders of chunks."""
+    batch, length, dim = u.shape
+    state = A.shape[1]
+    # The kernels hold states as [batch, state, dim]; the public order is a transposed view of that, which costs no
+    # copy here and none when the next call gets it.
+    y, final = u.new_empty(batch, length, dim), u.new_empty(batch, state, dim)
+    initial = None if initial_state is None else initial_state.transpose(1, 2).contiguous()
+    borders = u.new_empty(batch, -(-length // CHUNK), state, dim) if keep_borders else None
+    run(
+        _forward, _num_items(u), batch * length * dim * state,
+        *_inputs(u, delta, A, B, C, D, z, delta_bias, use_softplus, lengths),
+        flat(initial, u), flat(y, u), flat(final, u), flat(borders, u),
+    )  # fmt: skip
+    return y, final.transpose(1, 2), borders
+
+
+class _SelectiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, use_softplus, lengths, initial_state):
+        y, final, borders = _scan(
+            u, delta, A, B, C, D, z, delta_bias, use_softplus, lengths, initial_state, keep_borders=True
+        )
+        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, lengths, borders)
+        ctx.use_softplus = use_softplus
+        ctx.set_materialize_grads(False)
+        return y, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dfinal):
+        u, delta, A, B, C, D, z, delta_bias, lengths, borders = ctx.saved_tensors
+        batch, length, dim = u.shape
+        state = A.shape[1]
+        dy = u.new_zeros(1, 1, 1).expand(u.shape).contiguous() if dy is None else rows(dy)
+        dfinal = None if dfinal is None else dfinal.transpose(1, 2).contiguous()
+        du, ddelta = u.new_empty(u.shape), u.new_empty(u.shape)
+        dz = None if z is None else u.new_empty(u.shape)
+        blocks = -(-dim // LANES)
+        dB, dC = u.new_empty(batch, blocks, length, state), u.new_empty(batch, blocks, length, state)
+        dA, dinitial = u.new_empty(batch, state, dim), u.new_empty(batch, state, dim)
+        dD, dbias = u.new_empty(batch, dim), u.new_empty(batch, dim)
+        inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, ctx.use_softplus, lengths)
+        outputs = (du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial)
+        run(
+            _backward, _num_items(u), batch * length * dim * state,
+            *inputs, flat(borders, u), *strided(dy, u), flat(dfinal, u), *(flat(out, u) for out in outputs),
+        )  # fmt: skip
+        return (
+            du, ddelta, dA.sum(0).t(), dB.sum(1), dC.sum(1),
+            None if D is None else dD.sum(0), dz, None if delta_bias is None else dbias.sum(0),
+            None, None, dinitial.transpose(1, 2) if ctx.needs_input_grad[10] else None,
+        )  # fmt: skip
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    lengths: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `cobra.ops.selective_scan`."""
+    dtype = compute_dtype(u)
+    u_, delta, B, C, z = (None if t is None else rows(t.to(dtype)) for t in (u, delta, B, C, z))
+    A, D, delta_bias = (None if t is None else t.to(dtype).contiguous() for t in (A, D, delta_bias))
+    initial_state = None if initial_state is None else initial_state.to(dtype)
+    arguments = (u_, delta, A, B, C, D, z, delta_bias, delta_softplus, lengths, initial_state)
+    if torch.is_grad_enabled():
+        y, final_state = _SelectiveScan.apply(*arguments)
+    else:
+        y, final_state, _ = _scan(*arguments, keep_borders=False)
+    return y.to(u.dtype), final_state
+
+
+def selective_state_update(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See `cobra.ops.selective_state_update`: a sequence of one step."""
+    y, new_state = selective_scan(
+        u[:, None],
+        delta[:, None],
+        A,
+        B[:, None],
+        C[:, None],
+        D,
+        z=None if z is None else z[:, None],
+        delta_bias=delta_bias,
+        delta_softplus=delta_softplus,
+        initial_state=state,
+    )
+    return y[:, 0], new_state

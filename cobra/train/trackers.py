@@ -1,0 +1,104 @@
+"""Where metrics go: metrics.jsonl always, Weights & Biases when asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Protocol
+
+from cobra.config import TrackerConfig, WandbConfig
+from cobra.errors import ConfigError
+from cobra.runtime import write_text
+
+log = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Tracker(Protocol):
+    """Takes metrics as they come."""
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Record the metrics of one step; `metrics["step"]` says which."""
+        ...
+
+    def close(self) -> None:
+        """Finish; nothing is logged afterwards."""
+        ...
+
+
+class JsonlTracker:
+    """Appends one JSON object a line to metrics.jsonl."""
+
+    def __init__(self, run_folder: Path, first_step: int) -> None:
+        """Open the file; lines after `first_step` are dropped, for they will be written again."""
+        self.path = run_folder / METRICS_FILE
+        if self.path.exists():
+            kept = [row for row in read_metrics(self.path) if row["step"] <= first_step]
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append a line and flush it."""
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class WandbTracker:
+    """Weights & Biases; offline when nobody is logged in, and the run can be synchronised later."""
+
+    def __init__(self, config: WandbConfig, run_folder: Path, settings: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError("tracker=wandb needs the package wandb: pip install 'cobra-vlm[wandb]'.") from None
+        mode = config.mode
+        if mode == "auto":
+            mode = "online" if wandb.api.api_key else "offline"
+            if mode == "offline":
+                log.info("W&B: not logged in, writing offline to %s/wandb (`wandb sync` uploads it).", run_folder)
+        name = settings["run"]["name"]
+        self._run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            name=name,
+            id=name.replace("/", "-"),
+            resume="allow",
+            dir=run_folder,
+            config=settings,
+            mode=mode,  # type: ignore[arg-type]
+        )
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Send the metrics."""
+        self._run.log(metrics, step=metrics["step"])
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+def build_trackers(
+    config: TrackerConfig, run_folder: Path, settings: dict[str, Any], first_step: int
+) -> list[Tracker]:
+    """Return the trackers that the config asks for; `settings` is the whole config as plain data."""
+    trackers: list[Tracker] = [JsonlTracker(run_folder, first_step)]
+    if config.wandb is not None:
+        trackers.append(WandbTracker(config.wandb, run_folder, settings))
+    return trackers
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl; a last line that a kill cut short is left out."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -1,0 +1,202 @@
+"""The training loop, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from cobra.config import PretrainConfig
+from cobra.data.batch import Batch
+from cobra.errors import CobraError
+from cobra.models.vlm import CobraVLM
+from cobra.runtime import peak_memory_gib
+from cobra.train import checkpoint
+from cobra.train.checkpoint import Progress
+from cobra.train.optim import learning_rate
+from cobra.train.trackers import Tracker
+
+log = logging.getLogger(__name__)
+
+
+class Interrupted(CobraError):
+    """The run was asked to stop (Ctrl-C or SIGTERM) and has saved a checkpoint."""
+
+
+class Trainer:
+    """Runs steps until the last one; saves, logs and stops as configured."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        model: CobraVLM,
+        optimizer: torch.optim.Optimizer,
+        run_folder: Path,
+        num_steps: int,
+    ) -> None:
+        self.config = config
+        self.model, self.optimizer = model, optimizer
+        self.checkpoints = run_folder / "checkpoints"
+        self.num_steps = num_steps
+        self.progress = Progress()
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def resume(self) -> None:
+        """Go back to the newest checkpoint, if there is one."""
+        newest = checkpoint.latest(self.checkpoints)
+        if newest is not None:
+            self.progress = checkpoint.load(newest, self.model, self.optimizer)
+            log.info("Resuming from %s.", newest)
+
+    def fit(self, steps: Iterable[list[Batch]], trackers: list[Tracker]) -> None:
+        """Train on `steps`, the global batches from `progress.step` on.
+
+        Raises:
+            Interrupted: after a signal, once the step is finished and saved.
+            CobraError: the loss or a gradient is not finite; the update has not been made.
+        """
+        train, window = self.config.train, _Window(self)
+        bar = tqdm(
+            total=self.num_steps,
+            initial=self.progress.step,
+            unit="step",
+            disable=not log.isEnabledFor(logging.INFO),
+            mininterval=0.5 if sys.stderr.isatty() else 15,
+            bar_format="step {n_fmt}/{total_fmt} | {postfix} | {elapsed} gone, {remaining} left",
+        )
+        self.model.train()
+        with bar, _stop_signals() as stop:
+            for batches in steps:
+                loss, grad_norm = self._step(batches)
+                window.add(batches, loss)
+                is_last = self.progress.step == self.num_steps
+                if self.progress.step % train.log_every == 0 or is_last:
+                    metrics = window.close(grad_norm)
+                    for tracker in trackers:
+                        tracker.log(metrics)
+                    bar.set_postfix_str(_line(metrics), refresh=False)
+                bar.update()
+                if self.progress.step % train.save_every == 0 or is_last or stop:
+                    self._save()
+                if stop and not is_last:
+                    raise Interrupted(
+                        f"Stopped after step {self.progress.step} of {self.num_steps}; a checkpoint is saved. "
+                        "The same command goes on from here."
+                    )
+
+    def _step(self, batches: list[Batch]) -> tuple[float, float]:
+        """Make one update from a global batch; return its loss (mean over all labelled tokens) and gradient norm."""
+        started = time.perf_counter()
+        train, step = self.config.train, self.progress.step
+        device = self.model.device
+        num_labels = sum(batch.num_labels for batch in batches)
+        loss = torch.zeros((), device=device)
+        for batch in batches:
+            batch = batch.to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.config.parallel.precision == "bf16"):
+                output = self.model(
+                    batch.input_ids,
+                    pixels=batch.pixels,
+                    labels=batch.labels,
+                    image_index=batch.image_index,
+                    lengths=batch.lengths,
+                )
+            part = output.loss_sum / max(1, num_labels)
+            part.backward()
+            loss += part.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise CobraError(
+                f"Step {step + 1}: loss {float(loss)}, gradient norm {float(grad_norm)}. The update was not made; "
+                f"the last checkpoint in {self.checkpoints} is good. Try a lower train.learning_rate."
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.num_steps, train)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress = Progress(
+            step=step + 1,
+            tokens=self.progress.tokens + sum(_num_tokens(batch, self.model) for batch in batches),
+            seconds=self.progress.seconds + time.perf_counter() - started,
+        )
+        return float(loss), float(grad_norm)
+
+    def _save(self) -> None:
+        checkpoint.save(
+            self.checkpoints, self.progress, self.model, self.optimizer, keep=self.config.train.keep_checkpoints
+        )
+
+
+class _Window:
+    """Sums between two log lines."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self._reset()
+
+    def _reset(self) -> None:
+        self.started, self.losses, self.examples = time.perf_counter(), [], 0
+        self.tokens_before = self.trainer.progress.tokens
+
+    def add(self, batches: list[Batch], loss: float) -> None:
+        """Count a step."""
+        self.losses.append(loss)
+        self.examples += sum(len(batch.lengths) for batch in batches)
+
+    def close(self, grad_norm: float) -> dict[str, float]:
+        """Return the metrics of the window and start the next one."""
+        trainer, seconds = self.trainer, time.perf_counter() - self.started
+        metrics = {
+            "step": trainer.progress.step,
+            "loss": sum(self.losses) / len(self.losses),
+            "lr": trainer.optimizer.param_groups[0]["lr"],
+            "grad_norm": grad_norm,
+            "examples_per_second": self.examples / seconds,
+            "tokens_per_second": (trainer.progress.tokens - self.tokens_before) / seconds,
+            "memory_gib": peak_memory_gib(trainer.model.device),
+            "train_seconds": trainer.progress.seconds,
+        }
+        self._reset()
+        return metrics
+
+
+def _num_tokens(batch: Batch, model: CobraVLM) -> int:
+    num_images = 0 if batch.pixels is None else len(batch.pixels[0])
+    return int(batch.lengths.sum()) + num_images * model.vision.num_patches
+
+
+def _line(metrics: dict[str, float]) -> str:
+    return (
+        f"loss {metrics['loss']:.4f} | lr {metrics['lr']:.2e} | {metrics['examples_per_second']:,.0f} examples/s | "
+        f"{metrics['tokens_per_second']:,.0f} tokens/s | {metrics['memory_gib']:.1f} GiB"
+    )
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Yield a list that fills when SIGINT or SIGTERM arrives; a second one acts as usual, at once."""
+    received: list[int] = []
+
+    def receive(number: int, _frame: object) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, receive)
+    except ValueError:  # not the main thread: signals are somebody else's
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,137 @@
+"""How every script starts: Hydra composes, the typed door checks, errors are one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+# Idle OpenMP threads must sleep: spinning ones take the cores away from the kernels' own threads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Hydra takes `model=...` for a choice in the config group of that name; in evaluate.yaml the setting is called `load`.
+_ALIASES = {"evaluate": {"model": "load"}}
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
+    """Run `main(composed config)` for the command line; every error of Cobra's or Hydra's ends in one clear line."""
+    from cobra.errors import CobraError
+    from cobra.runtime import setup_logging
+
+    setup_logging()
+    rerun = _take_option("--rerun")
+    for alias, name in _ALIASES.get(config_name, {}).items():
+        sys.argv[1:] = [re.sub(f"^{alias}=", f"{name}=", argument) for argument in sys.argv[1:]]
+
+    def task(cfg: DictConfig) -> None:
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            _name_sweep_job(cfg)
+        try:
+            main(cfg)
+        except CobraError as error:
+            _fail(error)
+        except KeyboardInterrupt:
+            _fail("Interrupted.", code=130)
+
+    if rerun is not None:
+        task(_load_rerun(rerun, sys.argv[1:]))
+        return
+    _check_command_line(config_name)
+    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
+
+
+def _take_option(name: str) -> str | None:
+    """Remove `name VALUE` or `name=VALUE` from the command line and return VALUE."""
+    for i, argument in enumerate(sys.argv):
+        if argument == name and i + 1 < len(sys.argv):
+            del sys.argv[i]
+            return sys.argv.pop(i)
+        if argument.startswith(f"{name}="):
+            return sys.argv.pop(i).removeprefix(f"{name}=")
+    return None
+
+
+def _load_rerun(file: str, overrides: list[str]) -> DictConfig:
+    """Read a run folder's config.yaml, with `key=value` changes on top."""
+    if not Path(file).is_file():
+        _fail(f"--rerun {file}: no such file; give a run folder's config.yaml.")
+    config = OmegaConf.load(file)
+    return OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))  # type: ignore[return-value]
+
+
+def _name_sweep_job(cfg: DictConfig) -> None:
+    """Give each job of a --multirun its own run folder, named after what is swept, never after a clock."""
+    dirname = HydraConfig.get().job.override_dirname
+    if "run" in cfg and dirname and "run.name=" not in dirname:
+        cfg.run.name = f"{cfg.run.name}/{dirname.replace('/', '-')}"
+
+
+def _check_command_line(config_name: str) -> None:
+    """Compose once with Hydra's messages shortened and the nearest valid name added, before Hydra itself runs."""
+    arguments = get_args_parser().parse_args()
+    if arguments.help or arguments.hydra_help or arguments.config_path or arguments.config_name or arguments.config_dir:
+        return
+    try:
+        parsed = OverridesParser.create().parse_overrides(arguments.overrides)
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            hydra.compose(config_name, overrides=[_one_value(override) for override in parsed])
+    except MissingConfigException as error:
+        _fail(_explain_missing(error))
+    except HydraException as error:
+        _fail(_explain_override(str(error), config_name))
+
+
+def _one_value(override: Override) -> str:
+    """Return the override itself; of a sweep, its first value stands for all."""
+    text = override.input_line or ""
+    if not override.is_sweep_override():
+        return text
+    return f"{text.split('=', 1)[0]}={next(iter(override.sweep_string_iterator()))}"
+
+
+def _explain_missing(error: MissingConfigException) -> str:
+    from cobra.config import nearest
+
+    group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+    options = [option for option in error.options or [] if option]
+    if options:
+        return f"There is no '{choice}' in {group}.{nearest(choice, options)} Choose one of: {', '.join(options)}."
+    return str(error).splitlines()[0]
+
+
+def _explain_override(message: str, config_name: str) -> str:
+    """Shorten Hydra's message and add the nearest key or group to it."""
+    from cobra.config import flatten, nearest
+
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if lines[0].startswith("You must specify"):
+        return f"{lines[0]} Choose one of: {', '.join(lines[2:])}."
+    wrong = re.search(r"Could not override '(?:.*: )?([^'@]+)|Key '([^']+)' is not in struct", lines[0])
+    if wrong is None:
+        return lines[0]
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        choices = ["benchmark=easyvqa"] if config_name == "evaluate" else []
+        config: Any = OmegaConf.to_container(hydra.compose(config_name, overrides=choices))
+    groups = [path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*") if path.is_dir()]
+    name = wrong.group(1) or wrong.group(2)
+    return f"There is no setting or group '{name}'.{nearest(name, [*flatten(config), *config, *groups])}"
+
+
+def _fail(message: object, code: int = 1) -> None:
+    logging.getLogger("cobra").error("error: %s", message)
+    sys.exit(code)

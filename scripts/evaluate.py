@@ -1,0 +1,19 @@
+"""Evaluate a model on a benchmark: predictions, scores, report, pictures. See `python scripts/evaluate.py --help`."""
+
+from _launch import launch
+from omegaconf import DictConfig, OmegaConf
+
+
+def main(cfg: DictConfig) -> None:
+    from hydra.utils import instantiate
+
+    from cobra.config import EvaluateConfig, as_config
+    from cobra.eval.run import evaluate
+
+    OmegaConf.set_struct(cfg, False)
+    benchmark = instantiate(cfg.pop("benchmark"))
+    evaluate(as_config(EvaluateConfig, cfg), benchmark)
+
+
+if __name__ == "__main__":
+    launch("evaluate", main)

@@ -1,0 +1,70 @@
+"""Arguments that do not fit are refused by name."""
+
+import pytest
+import torch
+
+import cobra.ops
+from cobra.errors import ShapeError
+
+from .cases import conv_arguments, scan_arguments
+
+
+@pytest.mark.parametrize("name", ["delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state"])
+def test_scan_names_the_argument_of_a_wrong_shape(name):
+    arguments = scan_arguments(2, 6, 5, 3)
+    arguments[name] = arguments[name][..., :-1] if name != "A" else arguments[name][:-1]
+    with pytest.raises(ShapeError, match=rf"^{name} has shape .* to fit u .*\[2, 6, 5\]"):
+        cobra.ops.selective_scan(**arguments)
+
+
+def test_scan_names_both_shapes():
+    arguments = scan_arguments(2, 6, 5, 3) | {"z": torch.zeros(2, 7, 5)}
+    with pytest.raises(ShapeError, match=r"z has shape \[2, 7, 5\], expected \[2, 6, 5\] to fit u \[2, 6, 5\]"):
+        cobra.ops.selective_scan(**arguments)
+
+
+@pytest.mark.parametrize("name", ["state", "delta", "A", "B", "C", "D", "z", "delta_bias"])
+def test_state_update_names_the_argument_of_a_wrong_shape(name):
+    full = scan_arguments(2, 1, 5, 3)
+    arguments = {n: t[:, 0] if n in ("u", "delta", "B", "C", "z") else t for n, t in full.items()}
+    arguments["state"] = arguments.pop("initial_state")
+    arguments[name] = arguments[name][:-1]
+    with pytest.raises(ShapeError, match=f"^{name} has shape"):
+        cobra.ops.selective_state_update(**arguments)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "initial_state"])
+def test_conv_names_the_argument_of_a_wrong_shape(name):
+    arguments = conv_arguments(2, 6, 5, 4)
+    arguments[name] = arguments[name][:-1]
+    with pytest.raises(ShapeError, match=f"^{name} has shape"):
+        cobra.ops.causal_conv1d(**arguments)
+
+
+def test_conv_update_names_a_wrong_state():
+    x = torch.zeros(2, 5)
+    with pytest.raises(ShapeError, match=r"^state has shape"):
+        cobra.ops.causal_conv1d_update(torch.zeros(2, 2, 5), x, torch.zeros(5, 4))
+
+
+@pytest.mark.parametrize("lengths", [torch.tensor([1, 2, 3]), torch.tensor([[1, 2]]), torch.tensor([1.0, 2.0])])
+def test_lengths_of_a_wrong_kind_are_refused(lengths):
+    with pytest.raises(ShapeError, match=r"^lengths has"):
+        cobra.ops.selective_scan(**scan_arguments(2, 6, 5, 3), lengths=lengths)
+    with pytest.raises(ShapeError, match=r"^lengths has"):
+        cobra.ops.causal_conv1d(**conv_arguments(2, 6, 5, 4), lengths=lengths)
+
+
+def test_main_argument_of_a_wrong_kind_is_refused():
+    with pytest.raises(ShapeError, match=r"^u has shape \[6, 5\], expected \[batch, length, dim\]"):
+        cobra.ops.selective_scan(**(scan_arguments(2, 6, 5, 3) | {"u": torch.zeros(6, 5)}))
+    with pytest.raises(ShapeError, match=r"^x has dtype torch.int64"):
+        cobra.ops.causal_conv1d(torch.zeros(2, 6, 5, dtype=torch.int64), torch.zeros(5, 4))
+
+
+def test_norm_names_the_argument_of_a_wrong_shape():
+    x = torch.zeros(2, 5)
+    with pytest.raises(ShapeError, match=r"^weight has shape"):
+        cobra.ops.add_rms_norm(x, None, torch.ones(4), 1e-5)
+    with pytest.raises(ShapeError, match=r"^residual has shape"):
+        cobra.ops.add_rms_norm(x, torch.zeros(1, 5), torch.ones(5), 1e-5)
