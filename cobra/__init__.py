@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cobra.api import Cobra, load
     from cobra.errors import CobraError
 
-__all__ = ["Cobra", "CobraError", "__version__", "load"]
+__all__ = ["Cobra", "CobraError", "load"]
 
 _HOMES = {"Cobra": "cobra.api", "load": "cobra.api", "CobraError": "cobra.errors"}
 

@@ -34,8 +34,12 @@ class ImageState:
     def __len__(self) -> int:
         return self.state.batch_size
 
-    def __getitem__(self, rows: Sequence[int] | torch.Tensor | slice) -> ImageState:
-        """Select or repeat images."""
+    def __getitem__(self, rows: Sequence[int] | torch.Tensor | slice | int) -> ImageState:
+        """Select or repeat images; what comes back is always an ImageState, of one image for a single number."""
+        if isinstance(rows, int):
+            if not -len(self) <= rows < len(self):
+                raise IndexError(f"image {rows} of {len(self)}")
+            rows = [rows]
         return ImageState(self.state[rows])
 
 
@@ -63,6 +67,18 @@ class Cobra:
         top_p: float = ...,
         seed: int = ...,
     ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        image: ImageLike | Sequence[ImageLike] | None,
+        prompt: list[str],
+        *,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_p: float = ...,
+        seed: int = ...,
+    ) -> list[str]: ...
 
     @overload
     def generate(
@@ -179,7 +195,9 @@ class Cobra:
     @torch.inference_mode()
     def encode_image(self, image: ImageLike | Sequence[ImageLike]) -> ImageState:
         """Read images into the language model's state, once for all questions about them."""
-        images = list(image) if _is_list(image) else [image]  # type: ignore[arg-type]
+        if isinstance(image, ImageState):
+            return image
+        images = list(image) if isinstance(image, (list, tuple)) else [image]
         if not images:
             raise ShapeError("The list of images is empty.")
         if all(isinstance(item, ImageState) for item in images):

@@ -34,7 +34,9 @@ def one_of(key: str, value: object, choices: Iterable[str]) -> None:
     """Raise ConfigError unless `value` is one of `choices`."""
     choices = list(choices)
     if value not in choices:
-        raise ConfigError(f"{key}={value!r} is not known; choose one of {', '.join(choices)}.{nearest(str(value), choices)}")
+        raise ConfigError(
+            f"{key}={value!r} is not known; choose one of {', '.join(choices)}.{nearest(str(value), choices)}"
+        )
 
 
 def _positive(key: str, value: float) -> None:

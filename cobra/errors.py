@@ -21,5 +21,9 @@ class CheckpointError(CobraError):
     """A checkpoint, model folder or run folder is damaged or belongs to another configuration."""
 
 
+class Interrupted(CobraError):
+    """The run was asked to stop (Ctrl-C or SIGTERM) and has saved what it had."""
+
+
 class BackendError(CobraError):
     """A kernel backend was asked for by name but cannot run here."""

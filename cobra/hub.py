@@ -27,7 +27,9 @@ def open_image(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
         return image
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
-            raise DataError(f"An image array must be uint8 [height, width(, channels)], not {image.dtype} {image.shape}.")
+            raise DataError(
+                f"An image array must be uint8 [height, width(, channels)], not {image.dtype} {image.shape}."
+            )
         return Image.fromarray(image)
     if not isinstance(image, (str, Path)):
         raise DataError(f"An image must be a PIL image, a path, a URL or a uint8 array, not {type(image).__name__}.")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from cobra.errors import ConfigError
 
@@ -40,9 +41,14 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def setup_logging() -> None:
-    """Send the library's INFO messages to standard error; for scripts, once."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    """Send the library's INFO messages to standard error, above any progress bar; for scripts, once."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_AboveProgressBar()])
     logging.getLogger("cobra").setLevel(logging.INFO)
+
+
+class _AboveProgressBar(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -30,7 +30,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 def launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     """Run `main(composed config)` for the command line; every error of Cobra's or Hydra's ends in one clear line."""
-    from cobra.errors import CobraError
+    from cobra.errors import CobraError, Interrupted
     from cobra.runtime import setup_logging
 
     setup_logging()
@@ -43,8 +43,10 @@ def launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
             _name_sweep_job(cfg)
         try:
             main(cfg)
+        except Interrupted as error:
+            _fail(error, code=130)
         except CobraError as error:
-            _fail(error)
+            _fail(_unaliased(str(error), config_name))
         except KeyboardInterrupt:
             _fail("Interrupted.", code=130)
 
@@ -53,6 +55,13 @@ def launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
         return
     _check_command_line(config_name)
     hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
+
+
+def _unaliased(message: str, config_name: str) -> str:
+    """Name settings as the user typed them."""
+    for alias, name in _ALIASES.get(config_name, {}).items():
+        message = re.sub(rf"\b{name}(?= is not set|=)", alias, message)
+    return message
 
 
 def _take_option(name: str) -> str | None:

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -16,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load, save
-from timm.data import resolve_data_config
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from cobra.data.scenes import COLORS, SHAPES, random_scene
@@ -59,10 +58,9 @@ class Pretraining(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
         timm_name, kwargs = TOWERS[name]
-        tower = timm.create_model(timm_name, pretrained=False, **kwargs)
-        assert isinstance(tower, VisionTransformer)
-        self.tower, self.dense = tower, name == "dino"
-        wanted = resolve_data_config(model=tower)
+        self.dense = name == "dino"
+        self.tower: Any = timm.create_model(timm_name, pretrained=False, **kwargs)
+        wanted = self.tower.pretrained_cfg
         self.mean, self.std = (torch.tensor(wanted[key])[:, None, None] for key in ("mean", "std"))
         self.caption = nn.ModuleList(nn.Linear(WIDTH, len(SHAPES) + len(COLORS) + 4) for _ in range(2))
         self.patch = nn.ModuleList(nn.Linear(WIDTH, len(SHAPES) + len(COLORS) + 1) for _ in range(2))

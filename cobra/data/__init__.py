@@ -1,0 +1,1 @@
+"""Annotations and images -> batches."""

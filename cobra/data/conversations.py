@@ -42,7 +42,9 @@ def read_rows(annotations: Path) -> list[Row]:
     try:
         text = annotations.read_text(encoding="utf-8")
     except OSError as error:
-        raise DataError(f"Cannot read the annotations {annotations}: {error.strerror}. Check data.annotations.") from None
+        raise DataError(
+            f"Cannot read the annotations {annotations}: {error.strerror}. Check data.annotations."
+        ) from None
     try:
         lines = annotations.suffix == ".jsonl"
         raw = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)

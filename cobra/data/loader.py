@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 from torch.utils.data import DataLoader
@@ -9,6 +10,11 @@ from torch.utils.data import DataLoader
 from cobra.data.batch import Batch, Example, collate
 from cobra.data.conversations import ConversationDataset
 from cobra.data.sampler import UnitSampler
+
+
+def _leave_interrupts_to_the_parent(_worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the trainer stops the workers once its step is saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Collate:
@@ -40,5 +46,6 @@ def iterate(
         batch_sampler=sampler.batches(first_step=first_step, num_steps=num_steps),  # type: ignore[arg-type]
         collate_fn=_Collate(dataset.tokenizer.end_id, micro_batch_size),
         num_workers=num_workers,
+        worker_init_fn=_leave_interrupts_to_the_parent,
     )
     return iter(loader)

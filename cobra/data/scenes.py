@@ -4,7 +4,7 @@ The tiny vision towers learn from them. A scene is a pure function of a NumPy ge
 """
 
 from dataclasses import dataclass
-from math import ceil, floor, log, sqrt
+from math import ceil, exp, floor, log, sqrt
 
 import numpy as np
 from PIL import Image
@@ -91,22 +91,27 @@ def _samples(low: float, high: float, size: int) -> tuple[slice, np.ndarray]:
     return slice(first, last), (2 * points - low - high) / (high - low)
 
 
+def _rgb(values: np.ndarray) -> RGB:
+    red, green, blue = np.clip(values, 0, 255).tolist()
+    return red, green, blue
+
+
 def random_item(rng: np.random.Generator, size: int) -> Item:
     """One object of any shape, colour, size and place that lies wholly in a picture of `size` pixels."""
     shape = str(rng.choice(SHAPES))
     color = str(rng.choice(list(COLORS)))
-    shade = rng.integers(-SHADE, SHADE, 3, endpoint=True)
-    rgb = np.clip(COLORS[color] + shade, 0, 255)
-    width, height = size * np.exp(rng.uniform(log(SIDES[0]), log(SIDES[1]), 2))  # small ones, the hard ones, abound
+    rgb = _rgb(COLORS[color] + rng.integers(-SHADE, SHADE, 3, endpoint=True))
+    # Uniform on a logarithmic scale, for many small objects: they are the hard ones to tell apart.
+    width, height = (size * exp(rng.uniform(log(SIDES[0]), log(SIDES[1]))) for _ in range(2))
     if shape == "circle":
         height = width
     elif shape == "triangle":
         height = width * sqrt(3) / 2  # equilateral
-    left, top = rng.uniform(0, (size - width, size - height))
-    return Item(shape, color, tuple(map(int, rgb)), tuple(map(float, (left, top, left + width, top + height))))
+    left, top = rng.uniform(0, size - width), rng.uniform(0, size - height)
+    return Item(shape, color, rgb, (left, top, left + width, top + height))
 
 
 def random_scene(rng: np.random.Generator, size: int = 64) -> Scene:
     """A scene with one random object on a random light background."""
-    background = rng.integers(LIGHT, 255, 3, endpoint=True)
-    return Scene((random_item(rng, size),), tuple(map(int, background)), size)
+    background = _rgb(rng.integers(LIGHT, 255, 3, endpoint=True))
+    return Scene((random_item(rng, size),), background, size)

@@ -1,0 +1,1 @@
+"""Benchmarks: ask, score, report."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -13,17 +13,26 @@ from tqdm import tqdm
 from cobra.eval.benchmark import Benchmark, Question
 from cobra.eval.store import AnswerStore
 
-State = TypeVar("State")
+
+class Rows(Protocol):
+    """States of several images; a list of numbers selects and repeats them."""
+
+    def __getitem__(self, rows: list[int], /) -> Any:
+        """Return the states of these images, in this order."""
+        ...
+
+
+State = TypeVar("State", bound=Rows)
 
 
 class Answerer(Protocol[State]):
     """What the engine needs of a model; `cobra.Cobra` has it."""
 
-    def encode_image(self, image: Sequence[Path]) -> State:
+    def encode_image(self, image: list[Path]) -> State:
         """Read images once; the result can be indexed by a list of image numbers."""
         ...
 
-    def generate(self, image: State, prompt: Sequence[str], *, max_new_tokens: int) -> list[str]:
+    def generate(self, image: State, prompt: list[str], *, max_new_tokens: int) -> list[str]:
         """Answer one prompt per image state, greedily."""
         ...
 
@@ -32,7 +41,7 @@ def select(questions: Sequence[Question], limit: int | None) -> list[Question]:
     """Return the first `limit` questions of one fixed shuffled order, so that small sets nest in large ones."""
     if limit is None:
         return list(questions)
-    order = np.random.default_rng(0).permutation(len(questions))
+    order: list[int] = np.random.default_rng(0).permutation(len(questions)).tolist()
     return [questions[i] for i in sorted(order[:limit])]
 
 
@@ -52,7 +61,7 @@ def ask(
             images = list(dict.fromkeys(question.image for question in batch))
             number = {image: i for i, image in enumerate(images)}
             states = model.encode_image(images)
-            rows = states[[number[question.image] for question in batch]]  # type: ignore[index]
+            rows = states[[number[question.image] for question in batch]]
             answers = model.generate(
                 rows, [question.text for question in batch], max_new_tokens=benchmark.max_new_tokens
             )

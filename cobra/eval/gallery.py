@@ -1,5 +1,8 @@
 """Pictures of an evaluation: a bar chart per question type, and a page of examples."""
 
+# pyright: basic
+# matplotlib is only partly typed.
+
 from __future__ import annotations
 
 import textwrap
@@ -62,7 +65,7 @@ def plot_examples(
 
 def choose_examples(questions: Sequence[Question], scores: Scores, *, num_wrong: int, num_all: int) -> list[Question]:
     """Pick wrong answers first, then right ones of as many images and types as there are; always the same ones."""
-    order = [questions[i] for i in np.random.default_rng(0).permutation(len(questions))]
+    order = [questions[i] for i in np.random.default_rng(0).permutation(len(questions)).tolist()]
     chosen = [question for question in order if scores.per_question[question.id] < 0.5][:num_wrong]
     right = [question for question in order if scores.per_question[question.id] >= 0.5]
     while right and len(chosen) < num_all:

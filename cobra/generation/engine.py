@@ -29,9 +29,9 @@ def prefill(llm: MambaLM, prompts: Sequence[Sequence[int]], state: MambaState | 
     input_ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         input_ids[row, : len(prompt)] = torch.tensor(prompt)
-    hidden, state = llm(llm.embed(input_ids.to(device)), state=state, lengths=lengths)
+    hidden, after = llm(llm.embed(input_ids.to(device)), state=state, lengths=lengths)
     last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
-    return llm.head(last), state
+    return llm.head(last), after
 
 
 def decode(

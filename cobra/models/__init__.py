@@ -1,0 +1,1 @@
+"""Modules and weights; nothing here knows of training or files of text."""

@@ -1,8 +1,8 @@
 """The Mamba-1 language model (Gu and Dao 2023, arXiv:2312.00752), with the public weights' own parameter names.
 
-What is unusual here: the model reads embeddings, not only token ids (image tokens come first), and every pass may start
-from a `MambaState` and returns the next one, so a prefix is read once and continued many times. Rows of different length
-are padded on the right; `lengths` keeps the padding out of the states.
+What is unusual here: the model reads embeddings, not only token ids (image tokens come first), and every pass may
+start from a `MambaState` and returns the next one, so a prefix is read once and continued many times. Rows of different
+length are padded on the right; `lengths` keeps the padding out of the states.
 
 Shapes: B batch, L length, D model width, E inner width (expand * D), N state size, K convolution width, V vocabulary.
 """
@@ -147,17 +147,17 @@ class MambaBlock(nn.Module):
         self, hidden: Tensor, residual: Tensor | None, state: tuple[Tensor, Tensor] | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """hidden [B, L, D] and the float32 residual stream (None at the first block) -> both, and the state."""
-        hidden, residual = self.norm(hidden, residual)
-        hidden, state = self.mixer(hidden, state, lengths)
-        return hidden, residual, state
+        normed, total = self.norm(hidden, residual)
+        mixed, after = self.mixer(normed, state, lengths)
+        return mixed, total, after
 
     def step(
         self, hidden: Tensor, residual: Tensor | None, state: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """The same for one token, hidden [B, D]."""
-        hidden, residual = self.norm(hidden, residual)
-        hidden, state = self.mixer.step(hidden, state)
-        return hidden, residual, state
+        normed, total = self.norm(hidden, residual)
+        mixed, after = self.mixer.step(normed, state)
+        return mixed, total, after
 
 
 class MambaBackbone(nn.Module):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from cobra.config import ProjectorConfig
 def _mlp(widths: list[int]) -> nn.Sequential:
     """Linear layers of these widths with a GELU between each two."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+    for fan_in, fan_out in pairwise(widths):
         layers += [nn.GELU(), nn.Linear(fan_in, fan_out)]
     return nn.Sequential(*layers[1:])
 

@@ -30,7 +30,7 @@ class VisionTower(nn.Module):
             self.model = timm.create_model(config.timm, **(arguments | dict(config.args)))
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConfigError(f"timm could not make the tower {config.timm!r} with {arguments | config.args}: {reason}")
+            raise ConfigError(f"timm cannot make {config.timm!r} with {arguments | config.args}: {reason}") from None
         num_blocks = len(self.model.blocks)  # type: ignore[arg-type]
         self.layer = config.layer if config.layer >= 0 else num_blocks + config.layer
         if not 0 <= self.layer < num_blocks:
@@ -79,7 +79,5 @@ class VisionEncoder(nn.Module):
         """
         if len(pixels) != len(self.transform.views):
             raise ShapeError(f"pixels has {len(pixels)} views, this encoder needs {len(self.transform.views)}.")
-        features = [
-            tower(pixels[view]) for tower, view in zip(self.towers, self.transform.view_of_tower, strict=True)
-        ]
+        features = [tower(pixels[view]) for tower, view in zip(self.towers, self.transform.view_of_tower, strict=True)]
         return torch.cat(features, dim=-1)

@@ -122,9 +122,7 @@ class CobraVLM(nn.Module):
                 raise ShapeError(f"labels {list(labels.shape)} and input_ids {list(input_ids.shape)} differ in shape.")
             loss_sum, num_labels = self._loss(prefix, text, labels)
         hidden = text if prefix is None else torch.cat([prefix, text], dim=1)
-        return CobraOutput(
-            hidden=hidden, state=state, head=self.llm.head, loss_sum=loss_sum, num_labels=num_labels
-        )
+        return CobraOutput(hidden=hidden, state=state, head=self.llm.head, loss_sum=loss_sum, num_labels=num_labels)
 
     def _loss(self, prefix: Tensor | None, text: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Sum the cross-entropy where there are labels; the head sees those positions only.

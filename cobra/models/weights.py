@@ -35,7 +35,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); it may be cut short. Fetch or write it again.") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); it may be cut short. Fetch or write it again."
+        ) from None
 
 
 def load_part(module: nn.Module, path: Path) -> None:

@@ -1,8 +1,8 @@
 """Training state on disk: written to a temporary name and renamed, so that a kill at any moment leaves a good one.
 
-    checkpoints/step-000500/tensors.safetensors   model, optimizer moments, random states
-    checkpoints/step-000500/state.json            step and counters
-    checkpoints/latest                            the name of the newest complete checkpoint
+checkpoints/step-000500/tensors.safetensors   model, optimizer moments, random states
+checkpoints/step-000500/state.json            step and counters
+checkpoints/latest                            the name of the newest complete checkpoint
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ class Progress:
     seconds: float = 0.0  # of training, over all starts
 
 
-def save(
-    folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int
-) -> None:
+def save(folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int) -> None:
     """Write a checkpoint, point `latest` to it, and remove all but the newest `keep`."""
     target = folder / f"step-{progress.step:06d}"
     temporary = target.with_name(target.name + ".tmp")
@@ -104,7 +102,9 @@ def _restore_optimizer(
             raise CheckpointError(f"{checkpoint} has no optimizer state for {name}; was it written by another stage?")
         optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}  # type: ignore[union-attr]
     if tensors:
-        raise CheckpointError(f"{checkpoint} has optimizer state that this stage does not train: {sorted(tensors)[:4]}.")
+        raise CheckpointError(
+            f"{checkpoint} has optimizer state that this stage does not train: {sorted(tensors)[:4]}."
+        )
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ def pretrain(config: PretrainConfig) -> Path:
     tokenizer = Tokenizer(resolve_file(config.model.llm.tokenizer, "model.llm.tokenizer"))
     if len(tokenizer) > config.model.llm.padded_vocab_size:
         raise ConfigError(
-            f"model.llm.vocab_size={config.model.llm.vocab_size} is smaller than the tokenizer's {len(tokenizer)} entries."
+            f"model.llm.vocab_size={config.model.llm.vocab_size} is less than the tokenizer's {len(tokenizer)} entries."
         )
     model = build_model(config.model, config.run.seed)
     if config.init_from is not None:

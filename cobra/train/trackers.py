@@ -83,9 +83,7 @@ class WandbTracker:
         self._run.finish()
 
 
-def build_trackers(
-    config: TrackerConfig, run_folder: Path, settings: dict[str, Any], first_step: int
-) -> list[Tracker]:
+def build_trackers(config: TrackerConfig, run_folder: Path, settings: dict[str, Any], first_step: int) -> list[Tracker]:
     """Return the trackers that the config asks for; `settings` is the whole config as plain data."""
     trackers: list[Tracker] = [JsonlTracker(run_folder, first_step)]
     if config.wandb is not None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from cobra.config import PretrainConfig
 from cobra.data.batch import Batch
-from cobra.errors import CobraError
+from cobra.errors import CobraError, Interrupted
 from cobra.models.vlm import CobraVLM
 from cobra.runtime import peak_memory_gib
 from cobra.train import checkpoint
@@ -25,10 +25,6 @@ from cobra.train.optim import learning_rate
 from cobra.train.trackers import Tracker
 
 log = logging.getLogger(__name__)
-
-
-class Interrupted(CobraError):
-    """The run was asked to stop (Ctrl-C or SIGTERM) and has saved a checkpoint."""
 
 
 class Trainer:
@@ -70,7 +66,7 @@ class Trainer:
             unit="step",
             disable=not log.isEnabledFor(logging.INFO),
             mininterval=0.5 if sys.stderr.isatty() else 15,
-            bar_format="step {n_fmt}/{total_fmt} | {postfix} | {elapsed} gone, {remaining} left",
+            bar_format="step {n_fmt}/{total_fmt} | {desc}{elapsed} gone, {remaining} left",
         )
         self.model.train()
         with bar, _stop_signals() as stop:
@@ -82,7 +78,7 @@ class Trainer:
                     metrics = window.close(grad_norm)
                     for tracker in trackers:
                         tracker.log(metrics)
-                    bar.set_postfix_str(_line(metrics), refresh=False)
+                    bar.set_description_str(_line(metrics), refresh=False)
                 bar.update()
                 if self.progress.step % train.save_every == 0 or is_last or stop:
                     self._save()
@@ -176,7 +172,7 @@ def _num_tokens(batch: Batch, model: CobraVLM) -> int:
 def _line(metrics: dict[str, float]) -> str:
     return (
         f"loss {metrics['loss']:.4f} | lr {metrics['lr']:.2e} | {metrics['examples_per_second']:,.0f} examples/s | "
-        f"{metrics['tokens_per_second']:,.0f} tokens/s | {metrics['memory_gib']:.1f} GiB"
+        f"{metrics['tokens_per_second']:,.0f} tokens/s | {metrics['memory_gib']:.1f} GiB | "
     )
 
 
@@ -187,7 +183,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
     def receive(number: int, _frame: object) -> None:
         received.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

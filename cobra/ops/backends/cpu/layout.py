@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_EMPTY = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}
+
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype that an operation on this tensor computes in."""
@@ -19,11 +21,15 @@ def flat(tensor: Tensor | None, like: Tensor) -> np.ndarray:
     """The memory that a tensor spans, from its first to its last element, without a copy; empty for None.
 
     One compiled kernel then serves every layout: it gets the strides as numbers and always sees a contiguous array.
+    Gradients must be off, as they are inside of an `autograd.Function`.
     """
     if tensor is None or tensor.numel() == 0:
-        return np.empty(0, np.float64 if like.dtype == torch.float64 else np.float32)
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.detach().as_strided((span,), (1,)).numpy()
+        return _EMPTY[like.dtype]
+    if tensor.is_contiguous():
+        span = tensor.numel()
+    else:
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((span,), (1,)).numpy()
 
 
 def strided(tensor: Tensor | None, like: Tensor) -> tuple[np.ndarray, int, int]:
