@@ -1,4 +1,7 @@
-"""The process: device, memory, logging, files that are written whole or not at all."""
+"""The process: device, memory, logging, files that are written whole or not at all.
+
+torch is imported where it is used, so that a script's `--help` does not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,14 @@ import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
 from cobra.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def pick_device(name: str) -> torch.device:
@@ -21,6 +27,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ConfigError: the name is not a device, or there is none of that kind here.
     """
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -34,6 +42,8 @@ def pick_device(name: str) -> torch.device:
 
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far in GiB: of the process on a CPU, of torch's allocations on a GPU."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB

@@ -1,6 +1,21 @@
 """Pretrain the two tiny vision towers that ship with Cobra, on scenes it renders itself.
 
-python scripts/make_tiny_towers.py [--out cobra/assets/tiny] [--steps N] [--seed 0]
+    python scripts/make_tiny_towers.py [--out cobra/assets/tiny] [--steps N] [--seed 0]
+
+The shipped pair (7,000 steps, seed 0) took 21 minutes on 2 CPU cores that other work kept busy as well; a tower alone
+on an idle core makes 13 steps or more a second, which is 9 minutes. Linear heads on the mean of the second-to-last
+block's patch tokens, fitted to 8,000 further scenes, name this share of shapes and colours rightly:
+
+    tower   asked       scenes  easy-VQA
+    dino    shape       99.98%   100.00%
+    dino    color      100.00%   100.00%
+    siglip  shape       99.98%   100.00%
+    siglip  color      100.00%   100.00%
+    both    shape       99.98%   100.00%
+    both    color      100.00%   100.00%
+
+"scenes" are 4,000 unseen ones; "easy-VQA" are its train images, wherever their questions state the answer (3,793
+shapes and 3,710 colours of 4,000). No image of easy-VQA is learnt from: they are only measured on.
 """
 
 import argparse

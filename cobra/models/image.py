@@ -64,11 +64,11 @@ class ImageTransform:
     def _resize(self, image: Image.Image, view: View) -> Image.Image:
         resample, square = _INTERPOLATION[view.interpolation], (view.size, view.size)
         if self.strategy == "letterbox" and image.width != image.height:
-            side = max(image.size)
-            canvas = Image.new("RGB", (side, side), view.fill)
-            canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            left, top = ((max(image.size) - side) // 2 for side in image.size)  # an odd rest is cropped away below
+            canvas = Image.new("RGB", (image.width + 2 * left, image.height + 2 * top), view.fill)
+            canvas.paste(image, (left, top))
             image = canvas
-        if self.strategy == "resize-crop" and image.width != image.height:
+        if self.strategy != "resize-naive" and image.width != image.height:
             scale = view.size / min(image.size)
             width, height = (max(view.size, int(side * scale)) for side in image.size)
             left, top = round((width - view.size) / 2), round((height - view.size) / 2)

@@ -9,24 +9,28 @@ from typing import Any
 
 import yaml
 
-from cobra.config import DataConfig, PretrainConfig, as_dict, flatten
+from cobra.config import PretrainConfig, as_dict, flatten
 from cobra.data import easyvqa
-from cobra.data.conversations import ConversationDataset, read_rows
+from cobra.data.conversations import ConversationDataset, Transform, read_rows
 from cobra.data.loader import iterate
 from cobra.data.sampler import UnitSampler
 from cobra.errors import CheckpointError, ConfigError
 from cobra.hub import resolve_file, resolve_model_folder
 from cobra.models.build import build_model, set_trainable
+from cobra.models.vlm import CobraVLM
 from cobra.models.weights import load_part, save_model_folder
 from cobra.runtime import pick_device, write_text
 from cobra.text.prompt import prompt_format
 from cobra.text.tokenizer import Tokenizer
+from cobra.train import checkpoint
 from cobra.train.optim import build_optimizer
 from cobra.train.plots import plot_loss
 from cobra.train.trackers import build_trackers
 from cobra.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
 
 # Settings that may differ when a run is resumed: they change no weight.
 FREE_SETTINGS = (
@@ -46,35 +50,17 @@ FREE_SETTINGS = (
 def pretrain(config: PretrainConfig) -> Path:
     """Train as configured, from scratch or from where the run folder stopped; return the run folder.
 
-    Everything that can be checked is checked before the first step: the run folder's config, the data, the weights.
+    Everything that can be checked is checked before the first step: the run folder, the weights, the data.
 
     Raises:
         CobraError: one of its children says what does not fit.
     """
     run_folder = Path(config.paths.runs) / config.run.name
-    _claim(run_folder, config)
+    _check_run_folder(run_folder, config)
     device = pick_device(config.parallel.device)
     tokenizer = Tokenizer(resolve_file(config.model.llm.tokenizer, "model.llm.tokenizer"))
-    if len(tokenizer) > config.model.llm.padded_vocab_size:
-        raise ConfigError(
-            f"model.llm.vocab_size={config.model.llm.vocab_size} is less than the tokenizer's {len(tokenizer)} entries."
-        )
-    model = build_model(config.model, config.run.seed)
-    if config.init_from is not None:
-        load_part(model, resolve_model_folder(config.init_from) / "model.safetensors")
-    set_trainable(model, config.train.stage)
-
-    prepare_data(config.data)
-    dataset = ConversationDataset(
-        read_rows(Path(config.data.annotations)),
-        Path(config.data.images),
-        tokenizer,
-        prompt_format(config.model.llm.prompt),
-        model.vision.transform,
-        max_length=config.model.max_length,
-        captions_only=config.train.stage == "align",
-    )
-    dataset.check_images(decode=config.data.check == "decode")
+    model = _initial_model(config, tokenizer)
+    dataset = _dataset(config, tokenizer, model.vision.transform)
     sampler = UnitSampler(
         [row.image for row in dataset.rows],
         batch_size=config.train.global_batch_size,
@@ -87,20 +73,18 @@ def pretrain(config: PretrainConfig) -> Path:
     optimizer = build_optimizer(model.named_parameters(), config.train)
     trainer = Trainer(config, model, optimizer, run_folder, num_steps)
     trainer.resume()
-    if trainer.progress.step < num_steps:
-        trained = sum(parameter.numel() for parameter in trainer.parameters)
+    is_finished = trainer.progress.step >= num_steps
+    if is_finished:
+        log.info("Run %s has already finished its %d steps.", run_folder, num_steps)
+    else:
+        learnt = sum(parameter.numel() for parameter in trainer.parameters)
         total = sum(parameter.numel() for parameter in model.parameters())
+        epochs = num_steps / sampler.batches_per_epoch
+        log.info("Run %s on %s: %s of %s parameters learn.", run_folder, device, f"{learnt:,}", f"{total:,}")
         log.info(
-            "Run %s: %s of %s parameters learn, %s rows, %d steps (%.2f epochs) on %s.",
-            run_folder,
-            f"{trained:,}",
-            f"{total:,}",
-            f"{len(dataset.rows):,}",
-            num_steps,
-            num_steps / sampler.batches_per_epoch,
-            device,
+            "Data %s: %s rows, %d steps are %.2f epochs.", config.data.name, f"{len(dataset.rows):,}", num_steps, epochs
         )
-        trackers = build_trackers(config.tracker, run_folder, as_dict(config), trainer.progress.step)
+        write_text(run_folder / CONFIG_FILE, yaml.safe_dump(as_dict(config), sort_keys=False))
         steps = iterate(
             dataset,
             sampler,
@@ -109,42 +93,66 @@ def pretrain(config: PretrainConfig) -> Path:
             num_steps=num_steps,
             num_workers=config.train.num_workers,
         )
+        trackers = build_trackers(config.tracker, run_folder, as_dict(config), trainer.progress.step)
         try:
             trainer.fit(steps, trackers)
         finally:
             for tracker in trackers:
                 tracker.close()
             plot_loss(run_folder)
-    else:
-        log.info("Run %s has already finished its %d steps.", run_folder, num_steps)
-    save_model_folder(model, tokenizer.file, run_folder / "model")
+    if not is_finished or not (run_folder / "model").exists():
+        save_model_folder(model, tokenizer.file, run_folder / "model")
     log.info("Model: %s | loss curve: %s", run_folder / "model", run_folder / "loss.png")
     return run_folder
 
 
-def prepare_data(config: DataConfig) -> None:
-    """Make a data set that can be made here, unless it is there already."""
-    if config.source == "easyvqa" and not Path(config.annotations).exists():
-        easyvqa.prepare(Path(config.annotations).parent)
+def _initial_model(config: PretrainConfig, tokenizer: Tokenizer) -> CobraVLM:
+    """Build the model as step 0 sees it, with the stage's parts set to learn."""
+    if len(tokenizer) > config.model.llm.padded_vocab_size:
+        raise ConfigError(
+            f"model.llm.vocab_size={config.model.llm.vocab_size} is less than the tokenizer's {len(tokenizer)} entries."
+        )
+    model = build_model(config.model, config.run.seed)
+    if config.init_from is not None:
+        load_part(model, resolve_model_folder(config.init_from) / "model.safetensors")
+    set_trainable(model, config.train.stage)
+    return model
 
 
-def _claim(run_folder: Path, config: PretrainConfig) -> None:
-    """Make the run folder with its config.yaml, or check that an existing one belongs to the same config."""
-    file, wanted = run_folder / "config.yaml", as_dict(config)
-    if not file.exists():
-        write_text(file, yaml.safe_dump(wanted, sort_keys=False))
-        return
+def _dataset(config: PretrainConfig, tokenizer: Tokenizer, transform: Transform) -> ConversationDataset:
+    """Read the data, making it first where that can be done, and check it."""
+    annotations = Path(config.data.annotations)
+    if config.data.source == "easyvqa" and not annotations.exists():
+        easyvqa.prepare(annotations.parent)
+    dataset = ConversationDataset(
+        read_rows(annotations),
+        Path(config.data.images),
+        tokenizer,
+        prompt_format(config.model.llm.prompt),
+        transform,
+        max_length=config.model.max_length,
+        captions_only=config.train.stage == "align",
+    )
+    dataset.check_images(decode=config.data.check == "decode")
+    return dataset
+
+
+def _check_run_folder(run_folder: Path, config: PretrainConfig) -> None:
+    """Refuse a run folder in which another config has been trained."""
+    file = run_folder / CONFIG_FILE
+    if checkpoint.latest(run_folder / "checkpoints") is None or not file.exists():
+        return  # nothing was trained here yet
     if config.resume == "never":
         raise CheckpointError(f"{run_folder} exists and resume=never; choose another run.name or delete the folder.")
     try:
         found: dict[str, Any] = flatten(yaml.safe_load(file.read_text()))
     except (yaml.YAMLError, AttributeError):
         raise CheckpointError(f"{file} is not a config; delete {run_folder} to start anew.") from None
-    flat = flatten(wanted)
+    wanted = flatten(as_dict(config))
     different = [
-        f"{key}: {found.get(key)} there, {flat.get(key)} asked for"
-        for key in sorted(found.keys() | flat.keys())
-        if found.get(key) != flat.get(key) and not key.startswith(FREE_SETTINGS)
+        f"{key}: {found.get(key)} there, {wanted.get(key)} asked for"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key) and not key.startswith(FREE_SETTINGS)
     ]
     if different:
         raise CheckpointError(

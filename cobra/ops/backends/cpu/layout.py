@@ -37,6 +37,13 @@ def strided(tensor: Tensor | None, like: Tensor) -> tuple[np.ndarray, int, int]:
     return (flat(tensor, like), 0, 0) if tensor is None else (flat(tensor, like), tensor.stride(0), tensor.stride(1))
 
 
+def strided_state(tensor: Tensor | None, like: Tensor) -> tuple[np.ndarray, int, int, int]:
+    """A [batch, dim, state] tensor as kernels take it: memory and the three strides."""
+    if tensor is None:
+        return flat(tensor, like), 0, 0, 0
+    return flat(tensor, like), tensor.stride(0), tensor.stride(1), tensor.stride(2)
+
+
 def flat_lengths(lengths: Tensor | None, batch: int, length: int) -> np.ndarray:
     """Every row's number of steps, within [0, length]."""
     if lengths is None:

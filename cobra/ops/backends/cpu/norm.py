@@ -2,6 +2,7 @@
 
 One work item is a group of `GROUP` rows: the weight's gradient is summed per group, then over groups.
 """
+# pyright: reportCallIssue=false (Numba's intrinsics take one argument less than their definitions show)
 
 import torch
 from numba import njit

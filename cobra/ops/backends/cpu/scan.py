@@ -5,13 +5,14 @@ whose inputs are prepared once (`_prepare`) and then read for every state index,
 The forward pass keeps the state at chunk borders only; the backward pass rebuilds a chunk from there, then walks it in
 reverse. So memory for states is length / CHUNK, and each exponential is computed once per pass.
 """
+# pyright: reportCallIssue=false (Numba's intrinsics take one argument less than their definitions show)
 
 import torch
 from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import compute_dtype, flat, flat_lengths, rows, strided
+from .layout import compute_dtype, flat, flat_lengths, rows, strided, strided_state
 from .threads import run
 from .vector import (
     LANES,
@@ -32,12 +33,16 @@ CHUNK = 32
 
 
 @njit(forceinline=True)
-def _load_state_matrix(A, state, channel, width, scale, out):
-    """Write `A[channel : channel + width] * scale` of [dim, state] as [state, LANES], zeros in the unused lanes."""
-    out[: state * LANES] = 0.0
-    for lane in range(width):
+def _load_states(array, at, channel_stride, state_stride, state, width, scale, out):
+    """Write `scale` times a [width, state] piece of any strides as [state, LANES], zeros in the unused lanes."""
+    if channel_stride == 1:
         for n in range(state):
-            out[n * LANES + lane] = A[(channel + lane) * state + n] * scale
+            store(out, n * LANES, load_some(array, at + n * state_stride, width) * scale)
+    else:
+        out[: state * LANES] = 0.0
+        for lane in range(width):
+            for n in range(state):
+                out[n * LANES + lane] = array[at + lane * channel_stride + n * state_stride] * scale
 
 
 @njit(forceinline=True)
@@ -50,7 +55,7 @@ def _step_size(raw, bias, use_softplus):
 def _forward(
     start, stop, batch, length, dim, state, lengths, use_softplus,
     u, u_row, u_step, delta, delta_row, delta_step, z, z_row, z_step,
-    B, B_row, B_step, C, C_row, C_step, A, D, bias, initial,
+    B, B_row, B_step, C, C_row, C_step, A, D, bias, initial, initial_row, initial_channel, initial_state,
     y, final, borders,
 ):  # fmt: skip
     matrix = work_array(state * LANES, u)
@@ -65,13 +70,14 @@ def _forward(
         channel = block * LANES
         width = min(LANES, dim - channel)
         if block != loaded:
-            _load_state_matrix(A, state, channel, width, LOG2_E, matrix)
+            _load_states(A, channel * state, state, 1, state, width, LOG2_E, matrix)
             loaded = block
         bias_vector = load_some(bias, channel, width) if bias.size else zeros(u)
         D_vector = load_some(D, channel, width) if D.size else zeros(u)
-        for n in range(state):
-            h = load_some(initial, (row * state + n) * dim + channel, width) if initial.size else zeros(u)
-            store(h_all, n * LANES, h)
+        h_all[:] = 0.0
+        if initial.size:
+            at = row * initial_row + channel * initial_channel
+            _load_states(initial, at, initial_channel, initial_state, state, width, 1.0, h_all)
         for begin in range(0, lengths[row], CHUNK):
             steps = min(CHUNK, lengths[row] - begin)
             if borders.size:
@@ -111,7 +117,7 @@ def _backward(
     start, stop, batch, length, dim, state, lengths, use_softplus,
     u, u_row, u_step, delta, delta_row, delta_step, z, z_row, z_step,
     B, B_row, B_step, C, C_row, C_step, A, D, bias, borders,
-    dy, dy_row, dy_step, dfinal,
+    dy, dy_row, dy_step, dfinal, dfinal_row, dfinal_channel, dfinal_state,
     du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial,
 ):  # fmt: skip
     matrix = work_array(state * LANES, u)
@@ -133,16 +139,17 @@ def _backward(
         channel = block * LANES
         width = min(LANES, dim - channel)
         if block != loaded:
-            _load_state_matrix(A, state, channel, width, 1.0, matrix)
+            _load_states(A, channel * state, state, 1, state, width, 1.0, matrix)
             loaded = block
         bias_vector = load_some(bias, channel, width) if bias.size else zeros(u)
         D_vector = load_some(D, channel, width) if D.size else zeros(u)
         dbias_vector = zeros(u)
         dD_vector = zeros(u)
-        for n in range(state):
-            dh = load_some(dfinal, (row * state + n) * dim + channel, width) if dfinal.size else zeros(u)
-            store(dh_all, n * LANES, dh)
-            store(dA_all, n * LANES, zeros(u))
+        dA_all[:] = 0.0
+        dh_all[:] = 0.0
+        if dfinal.size:
+            at = row * dfinal_row + channel * dfinal_channel
+            _load_states(dfinal, at, dfinal_channel, dfinal_state, state, width, 1.0, dh_all)
         last_chunk = (lengths[row] + CHUNK - 1) // CHUNK - 1
         for chunk in range(last_chunk, -1, -1):
             begin = chunk * CHUNK
@@ -248,15 +255,14 @@ def _scan(
     """Outputs, final state and, for the backward pass, the states at the borders of chunks."""
     batch, length, dim = u.shape
     state = A.shape[1]
-    # The kernels hold states as [batch, state, dim]; the public order is a transposed view of that, which costs no
-    # copy here and none when the next call gets it.
+    # The kernels hold states as [batch, state, dim]; the public order is a transposed view of that. Any strides are
+    # read, these fastest.
     y, final = u.new_empty(batch, length, dim), u.new_empty(batch, state, dim)
-    initial = None if initial_state is None else initial_state.transpose(1, 2).contiguous()
     borders = u.new_empty(batch, -(-length // CHUNK), state, dim) if keep_borders else None
     run(
         _forward, _num_items(u), batch * length * dim * state,
         *_inputs(u, delta, A, B, C, D, z, delta_bias, use_softplus, lengths),
-        flat(initial, u), flat(y, u), flat(final, u), flat(borders, u),
+        *strided_state(initial_state, u), flat(y, u), flat(final, u), flat(borders, u),
     )  # fmt: skip
     return y, final.transpose(1, 2), borders
 
@@ -279,7 +285,6 @@ class _SelectiveScan(torch.autograd.Function):
         batch, length, dim = u.shape
         state = A.shape[1]
         dy = u.new_zeros(1, 1, 1).expand(u.shape).contiguous() if dy is None else rows(dy)
-        dfinal = None if dfinal is None else dfinal.transpose(1, 2).contiguous()
         du, ddelta = u.new_empty(u.shape), u.new_empty(u.shape)
         dz = None if z is None else u.new_empty(u.shape)
         blocks = -(-dim // LANES)
@@ -290,7 +295,7 @@ class _SelectiveScan(torch.autograd.Function):
         outputs = (du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial)
         run(
             _backward, _num_items(u), batch * length * dim * state,
-            *inputs, flat(borders, u), *strided(dy, u), flat(dfinal, u), *(flat(out, u) for out in outputs),
+            *inputs, flat(borders, u), *strided(dy, u), *strided_state(dfinal, u), *(flat(out, u) for out in outputs),
         )  # fmt: skip
         return (
             du, ddelta, dA.sum(0).t(), dB.sum(1), dC.sum(1),
@@ -315,8 +320,10 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """See `cobra.ops.selective_scan`."""
     dtype = compute_dtype(u)
-    u_, delta, B, C, z = (None if t is None else rows(t.to(dtype)) for t in (u, delta, B, C, z))
-    A, D, delta_bias = (None if t is None else t.to(dtype).contiguous() for t in (A, D, delta_bias))
+    u_, delta, B, C = (rows(tensor.to(dtype)) for tensor in (u, delta, B, C))
+    z = None if z is None else rows(z.to(dtype))
+    A = A.to(dtype).contiguous()
+    D, delta_bias = (None if tensor is None else tensor.to(dtype).contiguous() for tensor in (D, delta_bias))
     initial_state = None if initial_state is None else initial_state.to(dtype)
     arguments = (u_, delta, A, B, C, D, z, delta_bias, delta_softplus, lengths, initial_state)
     if torch.is_grad_enabled():

@@ -4,18 +4,26 @@ Left to itself the compiler does not vectorise `exp`, and it cannot keep the rec
 it cannot prove that the work arrays do not overlap. Kernels written with these vectors need neither.
 
 `v + w`, `v - w`, `v * w`, `v / w` work on vectors and on a vector and a scalar. Floating point contraction (fused
-multiply-add) is allowed, reordering is not: results do not depend on the machine's vector width.
+multiply-add) is allowed, reordering is not: the same machine always gives the same bits.
+
+After a change of this file delete `__pycache__/*.nbi` beside it: Numba's cache watches the kernels' own files only.
 """
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportReturnType=false
+# (intrinsics take one argument less than their definitions show, and llvmlite's types are partial)
 
 import operator
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
 from numba.extending import intrinsic, models, overload, register_model
 
-LANES = 64  # channels per vector: two AVX-512 or four AVX2 registers, independent work that hides latency
+# Channels per vector, several registers' worth: independent work that hides the latency of the recurrence. Measured.
+LANES = 64 if get_host_cpu_features().get("avx512f") else 32
+
+LOG2_E = 1.4426950408889634
 
 _FUSE = ("contract",)
 _INT32 = ir.IntType(32)
@@ -201,9 +209,6 @@ def softplus(x):
     """log(1 + e^x)."""
     positive = _maximum_zero(x)
     return positive + _log1p_of_unit(exp2((x - positive - positive) * LOG2_E))
-
-
-LOG2_E = 1.4426950408889634
 
 
 @njit(forceinline=True)

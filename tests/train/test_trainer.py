@@ -1,0 +1,317 @@
+"""The training loop in one process: accumulation, stages, stopping, checkpoints, metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cobra.config import PretrainConfig, TrainConfig
+from cobra.errors import CheckpointError, CobraError, ConfigError, DataError
+from cobra.models.build import build_model, set_trainable
+from cobra.train import checkpoint
+from cobra.train.optim import build_optimizer, learning_rate
+from cobra.train.run import pretrain
+from cobra.train.trackers import JsonlTracker, read_metrics
+
+Fit = Callable[..., Path]
+
+
+@pytest.fixture
+def fit(tiny_config: Callable[..., PretrainConfig], small_run: list[str]) -> Fit:
+    """Train the small run with further overrides; return the run folder."""
+    return lambda *overrides: pretrain(tiny_config(*small_run, *overrides))
+
+
+def weights(run_folder: Path) -> dict[str, Tensor]:
+    return load_file(run_folder / "model" / "model.safetensors")
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+def losses(run_folder: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run_folder / "metrics.jsonl")]
+
+
+def test_micro_batches_change_nothing(fit: Fit) -> None:
+    """The loss is a mean over all labelled tokens of the global batch, however it is cut."""
+    # One update of AdamW is lr * sign(gradient) at first, so a gradient near 0 may move an update by 2 lr: weights are
+    # compared after three steps of a small rate, losses and gradient norms tightly.
+    runs = [
+        fit(
+            f"run.name=by-{size}",
+            f"train.per_device_batch_size={size}",
+            "train.max_steps=3",
+            "train.learning_rate=1e-5",
+        )
+        for size in (8, 4, 1)
+    ]
+    for run in runs[1:]:
+        for row, expected in zip(*(read_metrics(r / "metrics.jsonl") for r in (run, runs[0])), strict=True):
+            assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+            assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        for name, tensor in weights(runs[0]).items():
+            difference = (weights(run)[name] - tensor).abs()
+            assert difference.mean() < 1e-6 and difference.max() <= 6.1e-5, name
+
+
+def test_finetune_lowers_the_loss_and_leaves_a_complete_run_folder(fit: Fit) -> None:
+    run = fit("train.max_steps=30", "train.save_every=10", "train.keep_checkpoints=2")
+    values = losses(run)
+    assert len(values) == 30 and sum(values[-5:]) < 0.6 * sum(values[:5])
+    names = {path.name for path in run.iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "loss.png", "checkpoints", "model"}
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-000020", "step-000030"]
+    assert (run / "checkpoints" / "latest").read_text() == "step-000030\n"
+    Image.open(run / "loss.png").verify()
+    row = read_metrics(run / "metrics.jsonl")[-1]
+    assert row["step"] == 30 and row["lr"] > 0
+    assert all(math.isfinite(value) and value >= 0 for value in row.values())
+
+
+@pytest.mark.parametrize(
+    ("stage", "moving"),
+    [("align", {"projector"}), ("finetune", {"projector", "llm"}), ("full-finetune", {"projector", "llm", "vision"})],
+)
+def test_stage_moves_its_parts_only(fit: Fit, tiny_config, small_run: list[str], stage: str, moving: set[str]) -> None:
+    before = build_model(tiny_config(*small_run).model, seed=0).state_dict()
+    after = weights(fit(f"train.stage={stage}", "train.max_steps=2"))
+    assert {name.split(".")[0] for name, tensor in after.items() if not torch.equal(before[name], tensor)} == moving
+
+
+def test_init_from_starts_from_another_run(fit: Fit) -> None:
+    first = fit("run.name=first", "train.stage=align", "train.max_steps=3")
+    second = fit("run.name=second", f"init_from={first}", "train.max_steps=1", "train.learning_rate=1e-30")
+    assert_equal(weights(second), weights(first))  # a rate too small to move anything
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        fit("run.name=third", f"init_from={first}", "model.llm.num_layers=1")
+
+
+def test_bf16_trains_with_float32_weights(fit: Fit) -> None:
+    run = fit("parallel.precision=bf16", "run.name=bf16")
+    assert {tensor.dtype for tensor in weights(run).values()} == {torch.float32}
+    expected = losses(fit("run.name=fp32"))
+    assert losses(run) != expected  # it did compute in 16 bits
+    assert losses(run) == pytest.approx(expected, rel=0.1)  # 8 bits of mantissa, over 12 updates
+
+
+def test_resumed_run_equals_uninterrupted(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = fit("run.name=whole")
+    calls = []
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        real(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    real = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        fit("run.name=cut")
+    monkeypatch.setattr(checkpoint, "save", real)
+    cut = fit("run.name=cut", "train.num_workers=1")  # workers may differ
+    assert_equal(weights(cut), weights(whole))
+    assert losses(cut) == losses(whole)
+    assert len(calls) == 2
+
+
+def test_finished_run_is_left_as_it_is(fit: Fit) -> None:
+    before = (fit() / "metrics.jsonl").read_text()
+    run = fit()
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_not_finite_loss_stops_before_the_update(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+
+    def poisoned(step: int, num_steps: int, config: TrainConfig) -> float:
+        steps.append(step)
+        return math.nan if step == 5 else 1e-3  # the weights are NaN after it, the next loss too
+
+    monkeypatch.setattr("cobra.train.trainer.learning_rate", poisoned)
+    with pytest.raises(CobraError, match=r"Step 7: loss nan.*last checkpoint in .* is good") as caught:
+        fit()
+    assert "\n" not in str(caught.value)
+    assert steps == [0, 1, 2, 3, 4, 5]
+
+
+class TestOptimizer:
+    def test_decay_spares_vectors_and_the_scan(self, small_model) -> None:
+        set_trainable(small_model, "full-finetune")
+        config = TrainConfig(
+            stage="full-finetune",
+            global_batch_size=1,
+            per_device_batch_size=1,
+            learning_rate=1.0,
+            max_steps=1,
+            weight_decay=0.1,
+        )
+        decayed, spared = build_optimizer(small_model.named_parameters(), config).param_groups
+        assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+        names = {id(parameter): name for name, parameter in small_model.named_parameters()}
+        spared_names = {names[id(parameter)] for parameter in spared["params"]}
+        assert {id(p) for p in decayed["params"] + spared["params"]} == names.keys()
+        assert len(decayed["params"]) + len(spared["params"]) == len(names)
+        for name in names.values():
+            must_spare = name.endswith(
+                ("bias", "A_log", ".D", "norm.weight", "norm_f.weight", "norm1.weight", "norm2.weight")
+            )
+            assert not must_spare or name in spared_names, name
+        assert all(f"llm.backbone.layers.0.mixer.{n}_proj.weight" not in spared_names for n in ("in", "x", "dt", "out"))
+
+    @pytest.mark.parametrize(("num_steps", "warmup_ratio", "warmup"), [(100, 0.05, 5), (40, 0.0, 0), (7, 0.5, 4)])
+    def test_schedule_is_linear_then_cosine(self, num_steps: int, warmup_ratio: float, warmup: int) -> None:
+        config = TrainConfig(
+            stage="align",
+            global_batch_size=1,
+            per_device_batch_size=1,
+            learning_rate=2.0,
+            max_steps=num_steps,
+            warmup_ratio=warmup_ratio,
+        )
+        rates = [learning_rate(step, num_steps, config) for step in range(num_steps)]
+        for step, rate in enumerate(rates):
+            if step < warmup:
+                expected = 2.0 * (step + 1) / warmup
+            else:
+                expected = 2.0 * math.cos(0.5 * math.pi * (step - warmup) / (num_steps - warmup)) ** 2
+            assert rate == pytest.approx(expected, rel=1e-12)
+        assert max(rates) == 2.0 and min(rates) > 0
+
+
+class TestCheckpoint:
+    @pytest.mark.parametrize("broken", ["save_file", "rename", "write_text"])
+    def test_crash_during_save_leaves_the_last_one_valid(self, fit: Fit, monkeypatch, broken: str) -> None:
+        run = fit("train.max_steps=12", "run.name=whole")
+        calls = []
+
+        def fail_at_the_second(real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                relevant = broken != "rename" or "step-" in str(args[0])
+                calls.extend([1] * relevant)
+                if relevant and len(calls) == 2:
+                    raise OSError("no space left on device")
+                return real(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            owner, name = (Path, "rename") if broken == "rename" else (checkpoint, broken)
+            patch.setattr(owner, name, fail_at_the_second(getattr(owner, name)))
+            with pytest.raises(OSError, match="no space"):
+                fit("run.name=crash")
+        crashed = run.with_name("crash")
+        assert (crashed / "checkpoints" / "latest").read_text() == "step-000004\n"
+        assert_equal(weights(fit("run.name=crash")), weights(run))
+        assert not list((crashed / "checkpoints").glob("*tmp*"))
+
+    @pytest.mark.parametrize(
+        ("file", "change"),
+        [
+            ("tensors.safetensors", lambda content: content[:-100]),
+            ("tensors.safetensors", lambda content: b""),
+            ("state.json", lambda content: content[:5]),
+            ("state.json", lambda content: b'{"step": 4, "other": 1}'),
+            ("state.json", None),
+        ],
+    )
+    def test_damaged_checkpoint_is_named_with_a_remedy(self, fit: Fit, file: str, change) -> None:
+        folder = fit("train.max_steps=4", "train.save_every=4") / "checkpoints" / "step-000004"
+        content = (folder / file).read_bytes()
+        (folder / file).unlink()
+        if change is not None:
+            (folder / file).write_bytes(change(content))
+        with pytest.raises(CheckpointError, match="delete the run folder to start anew") as caught:
+            fit("train.max_steps=4", "train.save_every=4")
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+    def test_latest_that_names_nothing_is_an_error(self, fit: Fit) -> None:
+        run = fit("train.max_steps=4")
+        (run / "checkpoints" / "latest").write_text("step-000777\n")
+        with pytest.raises(CheckpointError, match="step-000777"):
+            fit("train.max_steps=4")
+
+
+class TestMetrics:
+    def test_lines_after_the_checkpoint_are_dropped(self, tmp_path: Path) -> None:
+        tracker = JsonlTracker(tmp_path, first_step=0)
+        for step in range(1, 8):
+            tracker.log({"step": step, "loss": step / 3})
+        tracker.close()
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 8, "lo')  # a kill in the middle of a line
+        tracker = JsonlTracker(tmp_path, first_step=4)
+        tracker.log({"step": 5, "loss": 0.5})
+        tracker.close()
+        rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+        assert rows[3] == {"step": 4, "loss": 4 / 3} and rows[4]["loss"] == 0.5
+
+
+class TestRunFolder:
+    def test_other_settings_are_refused_by_name(self, fit: Fit) -> None:
+        fit("train.max_steps=1")
+        with pytest.raises(CheckpointError) as caught:
+            fit("train.max_steps=2", "train.betas=[0.5,0.9]", "model.llm.d_state=8")
+        message = str(caught.value)
+        assert "train.max_steps: 1 there, 2 asked for" in message and "\n" not in message
+        assert "train.betas" in message and "model.llm.d_state: 16 there, 8 asked for" in message
+        assert message.count(" there, ") == 3
+
+    def test_settings_that_change_no_weight_may_differ(self, fit: Fit) -> None:
+        run = fit("train.max_steps=1")
+        fit("train.max_steps=1", "train.save_every=7", "train.log_every=3", "train.num_workers=1", "data.check=exists")
+        assert yaml.safe_load((run / "config.yaml").read_text())["train"]["max_steps"] == 1
+
+    def test_resume_never_refuses_an_existing_run(self, fit: Fit) -> None:
+        fit("train.max_steps=1")
+        with pytest.raises(CheckpointError, match="resume=never"):
+            fit("train.max_steps=1", "resume=never")
+
+    def test_unreadable_config_is_named(self, fit: Fit) -> None:
+        run = fit("train.max_steps=1")
+        (run / "config.yaml").write_text("just text")
+        with pytest.raises(CheckpointError, match="is not a config"):
+            fit("train.max_steps=1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["data.annotations=absent.json"], DataError, "absent.json"),
+        (["data.images=absent"], DataError, "image folder absent does not exist"),
+        (["model.llm.vocab_size=100"], ConfigError, "smaller than the tokenizer's"),
+        (["model.llm.tokenizer=absent.json"], CheckpointError, "model.llm.tokenizer=absent.json"),
+        (["model.vision.towers.0.weights=absent"], CheckpointError, "towers[0].weights=absent"),
+        (["init_from=absent"], CheckpointError, "no run or model folder"),
+        (["parallel.device=gpu"], ConfigError, "'gpu' is not a device"),
+    ],
+)
+def test_bad_input_is_refused_before_training(
+    fit: Fit, overrides: list[str], error: type[CobraError], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        fit(*overrides)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_wandb_works_offline(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = fit("tracker=wandb", "tracker.wandb.mode=offline", "train.max_steps=2")
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+    assert len(losses(run)) == 2
