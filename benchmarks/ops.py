@@ -8,6 +8,8 @@ reference are marked. A time is the least of several runs. `floor` is the time t
 our kernel's own exp on the same threads (one per state element in the forward pass, one more in the backward pass),
 and `of floor` is how much of a row's time that is. `peak` is the growth of resident memory (Linux only).
 """
+# Numba's intrinsics take one argument less than their definitions show.
+# pyright: reportCallIssue=false
 
 import argparse
 import ctypes

@@ -96,9 +96,11 @@ class LLMConfig:
     norm_eps: float = 1e-5
     pad_vocab_multiple: int = 8
     weights: str = "random"  # "random" | a safetensors file
+    init: str = "mamba"  # fresh weights: "mamba" (its authors') | "small" (small models trained from scratch)
 
     def __post_init__(self) -> None:
         one_of("model.llm.prompt", self.prompt, ("zephyr", "mamba"))
+        one_of("model.llm.init", self.init, ("mamba", "small"))
         for key in ("d_model", "num_layers", "vocab_size", "d_state", "d_conv", "expand", "pad_vocab_multiple"):
             _positive(f"model.llm.{key}", getattr(self, key))
 

@@ -26,7 +26,9 @@ def open_image(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+        if image.ndim == 3 and image.shape[2] == 1:
+            image = image[:, :, 0]
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (2,), (3,), (4,)):
             raise DataError(
                 f"An image array must be uint8 [height, width(, channels)], not {image.dtype} {image.shape}."
             )

@@ -24,8 +24,8 @@ from PIL import Image, ImageDraw
 from cobra.config import ModelConfig, PretrainConfig, as_config
 from cobra.models.build import build_model
 from cobra.models.vlm import CobraVLM
-from cobra.models.weights import save_model_folder
 from cobra.text.tokenizer import Tokenizer
+from cobra.train.run import pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -33,7 +33,8 @@ CONFIGS = ROOT / "configs"
 # The tiny model with its shipped towers and tokenizer, but less of a language model.
 SMALL_MODEL = ["model.llm.d_model=32", "model.llm.num_layers=2", "model.max_length=64", "parallel.device=cpu"]
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))  # of the scripts that tests start
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)
@@ -124,21 +125,12 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(ROOT / "cobra" / "assets" / "tiny" / "tokenizer.json")
 
 
-@pytest.fixture(scope="session")
-def model_folder(
-    small_model_config: ModelConfig, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A model folder with fresh weights; what `cobra.load` reads."""
-    folder = tmp_path_factory.mktemp("small") / "model"
-    save_model_folder(excite(build_model(small_model_config, seed=0)), tokenizer.file, folder)
-    return folder
-
-
 @dataclass(frozen=True)
 class SmallData:
     """A LLaVA data set on disk, and the overrides that make `pretrain` use it."""
 
     annotations: Path
+    captions: Path  # the rows with an image, as the align stage needs them
     images: Path
 
     @property
@@ -186,8 +178,9 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> SmallData:
             for i, (question, answer) in enumerate(questions.items())
         ]
     rows += [{"id": f"text/{i}", "conversations": talk("is it a circle?", "No", "so?", "a" * i)} for i in range(6)]
-    (folder / "train.json").write_text(json.dumps(rows))
-    return SmallData(folder / "train.json", folder / "images")
+    for name, chosen in (("train", rows), ("captions", [row for row in rows if "image" in row])):
+        (folder / f"{name}.json").write_text(json.dumps(chosen))
+    return SmallData(folder / "train.json", folder / "captions.json", folder / "images")
 
 
 def talk(*values: str) -> list[dict[str, str]]:
@@ -195,13 +188,32 @@ def talk(*values: str) -> list[dict[str, str]]:
     return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
 
 
-@pytest.fixture
-def small_run(small_data: SmallData, tmp_path: Path) -> list[str]:
-    """Overrides of a 12-step run on the small data, at about 20 steps a second."""
-    return [
+@pytest.fixture(scope="session")
+def trained_run(
+    tiny_config: Callable[..., PretrainConfig], small_data: SmallData, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The run folder of a small model trained until its answers depend on image and question."""
+    overrides = [
         *SMALL_MODEL,
         *small_data.overrides,
-        f"paths.runs={tmp_path}/runs",
+        f"data.annotations={small_data.captions}",
+        "data.rows_per_image=3",
+        f"paths.runs={tmp_path_factory.mktemp('runs')}",
+        "train.global_batch_size=24",
+        "train.per_device_batch_size=24",
+        "train.max_steps=60",
+        "train.learning_rate=1e-2",
+    ]
+    return pretrain(tiny_config(*overrides))
+
+
+@pytest.fixture(scope="session")
+def small_overrides(small_data: SmallData) -> Callable[[Path], list[str]]:
+    """Overrides of a 12-step run on the small data, at about 20 steps a second, with its run folder below `runs`."""
+    return lambda runs: [
+        *SMALL_MODEL,
+        *small_data.overrides,
+        f"paths.runs={runs}",
         "run.name=small",
         "train.global_batch_size=8",
         "train.per_device_batch_size=4",
@@ -212,15 +224,22 @@ def small_run(small_data: SmallData, tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `scripts/<name>.py` with arguments in a folder of its own and wait for it."""
+def small_run(small_overrides: Callable[[Path], list[str]], tmp_path: Path) -> list[str]:
+    """The small run's overrides, in a folder of the test's own."""
+    return small_overrides(tmp_path / "runs")
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., list[str]]:
+    """The command line of a script, such as `command("pretrain", "run.seed=1")`."""
+    return lambda name, *arguments: [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
+
+
+@pytest.fixture
+def script(command: Callable[..., list[str]], tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a script in the test's own folder and wait for it."""
 
     def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command(name, *arguments), cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
     return run
-
-
-def command(name: str, *arguments: str) -> list[str]:
-    """The command line of a script."""
-    return [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]

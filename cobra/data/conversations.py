@@ -45,9 +45,11 @@ def read_rows(annotations: Path) -> list[Row]:
         raise DataError(
             f"Cannot read the annotations {annotations}: {error.strerror}. Check data.annotations."
         ) from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{annotations} is not UTF-8 text ({error}). Check data.annotations.") from None
     try:
         lines = annotations.suffix == ".jsonl"
-        raw = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+        raw = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{annotations} is not valid JSON: {error}. Is the file complete?") from None
     if not isinstance(raw, list) or not raw:

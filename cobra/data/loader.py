@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 
+import torch
 from torch.utils.data import DataLoader
 
 from cobra.data.batch import Batch, Example, collate
@@ -46,6 +47,7 @@ def iterate(
         batch_sampler=sampler.batches(first_step=first_step, num_steps=num_steps),  # type: ignore[arg-type]
         collate_fn=_Collate(dataset.tokenizer.end_id, micro_batch_size),
         num_workers=num_workers,
+        generator=torch.Generator(),  # its own: a draw from the global one would make a resumed run differ
         worker_init_fn=_leave_interrupts_to_the_parent,
     )
     return iter(loader)

@@ -247,8 +247,13 @@ class MambaLM(nn.Module):
         | dt_proj.bias | so that softplus(bias) is log-uniform in [0.001, 0.1] |
         | A_log | log(1 .. N) in every channel |
         | D, norms | 1 |
+
+        `config.init="small"` then draws three of them larger, which a small model trained from scratch needs to look
+        at the image early: embedding normal 0.1, in_proj normal 1 / sqrt(fan in), rows of x_proj for B and C normal
+        0.1. (Tiny model, easy-VQA: mean loss over steps 151 to 200 of 200 is 0.004 instead of above 0.17.)
         """
-        nn.init.normal_(self.backbone.embedding.weight, std=0.02, generator=generator)
+        embedding_std = 0.1 if self.config.init == "small" else 0.02
+        nn.init.normal_(self.backbone.embedding.weight, std=embedding_std, generator=generator)
         for module in self.modules():
             if isinstance(module, RMSNormWeight):
                 nn.init.ones_(module.weight)
@@ -272,3 +277,6 @@ class MambaLM(nn.Module):
         mixer.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # inverse of softplus
         mixer.A_log.copy_(torch.log(torch.arange(1, self.config.d_state + 1)).expand_as(mixer.A_log))
         nn.init.ones_(mixer.D)
+        if self.config.init == "small":
+            nn.init.normal_(mixer.in_proj.weight, std=mixer.in_proj.in_features**-0.5, generator=generator)
+            nn.init.normal_(mixer.x_proj.weight[mixer.rank :], std=0.1, generator=generator)

@@ -6,7 +6,6 @@ Parameter names are `projector.{0,2,4}`, as in the public Cobra weights (paper, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -55,12 +54,12 @@ class Projector(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw fresh weights: normal with variance gain / fan_in, so that image tokens start at about the size of the
-        features. (PyTorch's default shrinks them by an order of magnitude, and a small Mamba then ignores the image.)
+        """Draw fresh weights: normal with variance 1 / fan in, zero biases.
+
+        Image tokens then start at about unit size. PyTorch's default would shrink them by an order of magnitude, and a
+        small Mamba ignores such an image for long.
         """
-        linears = [layer for layer in self.projector if isinstance(layer, nn.Linear)]
-        init = partial(nn.init.normal_, generator=generator)
-        for i, layer in enumerate(linears):
-            gain = 1.0 if i == 0 else 1.5  # a GELU before the layer loses about a third of the size
-            init(layer.weight, std=gain / layer.in_features**0.5)
-            nn.init.zeros_(layer.bias)
+        for layer in self.projector:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
+                nn.init.zeros_(layer.bias)

@@ -14,7 +14,7 @@ from cobra.data import easyvqa
 from cobra.data.conversations import ConversationDataset, Transform, read_rows
 from cobra.data.loader import iterate
 from cobra.data.sampler import UnitSampler
-from cobra.errors import CheckpointError, ConfigError
+from cobra.errors import CheckpointError, ConfigError, DataError
 from cobra.hub import resolve_file, resolve_model_folder
 from cobra.models.build import build_model, set_trainable
 from cobra.models.vlm import CobraVLM
@@ -133,6 +133,12 @@ def _dataset(config: PretrainConfig, tokenizer: Tokenizer, transform: Transform)
         max_length=config.model.max_length,
         captions_only=config.train.stage == "align",
     )
+    text_row = next((row.id for row in dataset.rows if row.image is None), None)
+    if config.train.stage == "align" and text_row is not None:
+        raise DataError(
+            f"{annotations}: row {text_row!r} has no image, and train.stage=align learns from images alone; "
+            "leave out the rows without image, or choose another stage."
+        )
     dataset.check_images(decode=config.data.check == "decode")
     return dataset
 

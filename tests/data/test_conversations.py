@@ -85,6 +85,12 @@ def test_json_lines_equal_json(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "a.json") == read_rows(tmp_path / "a.jsonl") == [Row("ok", None, (("q", "a"),))] * 2
 
 
+def test_line_separators_inside_json_lines_survive(tmp_path: Path) -> None:
+    row = {"id": "ok", "conversations": [{"from": "human", "value": "q\u2028\x85?"}, {"from": "gpt", "value": "a"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_rows(tmp_path / "a.jsonl")[0].turns == (("q\u2028\x85?", "a"),)
+
+
 def messages(*roles_and_values: tuple[str, object]) -> dict[str, Any]:
     return {"id": "bad", "conversations": [{"from": role, "value": value} for role, value in roles_and_values]}
 

@@ -3,14 +3,15 @@
 One work item is one row of the batch and one piece of `PIECE` steps, all channels. The backward pass computes the
 gradient before the SiLU once per block of channels, with the few steps after the piece that its inputs also reach.
 """
-# pyright: reportCallIssue=false (Numba's intrinsics take one argument less than their definitions show)
+# Numba's intrinsics take one argument less than their definitions show.
+# pyright: reportCallIssue=false
 
 import torch
 from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import compute_dtype, flat, flat_lengths, rows, strided
+from .layout import compute_dtype, flat, flat_lengths, rows, strided, sum_partial
 from .threads import run
 from .vector import LANES, load, load_some, sigmoid, store, store_some, work_array, zeros
 
@@ -148,7 +149,7 @@ class _CausalConv1d(torch.autograd.Function):
             _backward, items, x.numel() * 8, *_inputs(x, weight, bias, lengths, initial),
             *strided(dy, x), flat(dx, x), flat(dweight, x), flat(dbias, x), flat(dinitial, x),
         )  # fmt: skip
-        return dx, dweight.sum(0), None if bias is None else dbias.sum(0), None, dinitial
+        return dx, sum_partial(dweight, 0), None if bias is None else sum_partial(dbias, 0), None, dinitial
 
 
 def _last_inputs(x: Tensor, width: int, lengths: Tensor | None, initial: Tensor | None) -> Tensor:

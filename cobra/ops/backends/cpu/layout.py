@@ -49,3 +49,10 @@ def flat_lengths(lengths: Tensor | None, batch: int, length: int) -> np.ndarray:
     if lengths is None:
         return np.full(batch, length, np.int64)
     return lengths.clamp(0, length).to(torch.int64).contiguous().numpy()
+
+
+def sum_partial(partial: Tensor, axis: int) -> Tensor:
+    """Sum what work items left, on the calling thread: so little that waking PyTorch's threads, on a busy machine for
+    milliseconds, would cost more.
+    """
+    return torch.from_numpy(partial.numpy().sum(axis))

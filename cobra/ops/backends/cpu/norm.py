@@ -2,14 +2,15 @@
 
 One work item is a group of `GROUP` rows: the weight's gradient is summed per group, then over groups.
 """
-# pyright: reportCallIssue=false (Numba's intrinsics take one argument less than their definitions show)
+# Numba's intrinsics take one argument less than their definitions show.
+# pyright: reportCallIssue=false
 
 import torch
 from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import compute_dtype, flat
+from .layout import compute_dtype, flat, sum_partial
 from .threads import run
 from .vector import LANES, load_some, store_some, total, zeros
 
@@ -97,7 +98,7 @@ class _AddRmsNorm(torch.autograd.Function):
             _backward, groups, sums.numel() * 8, num_rows, dim,
             *(flat(tensor, sums) for tensor in (sums, weight, scales, dnormed, dsums, dx, dweight)),
         )  # fmt: skip
-        return dx, dx if ctx.has_residual else None, dweight.sum(0), None
+        return dx, dx if ctx.has_residual else None, sum_partial(dweight, 0), None
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -5,14 +5,15 @@ whose inputs are prepared once (`_prepare`) and then read for every state index,
 The forward pass keeps the state at chunk borders only; the backward pass rebuilds a chunk from there, then walks it in
 reverse. So memory for states is length / CHUNK, and each exponential is computed once per pass.
 """
-# pyright: reportCallIssue=false (Numba's intrinsics take one argument less than their definitions show)
+# Numba's intrinsics take one argument less than their definitions show.
+# pyright: reportCallIssue=false
 
 import torch
 from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import compute_dtype, flat, flat_lengths, rows, strided, strided_state
+from .layout import compute_dtype, flat, flat_lengths, rows, strided, strided_state, sum_partial
 from .threads import run
 from .vector import (
     LANES,
@@ -40,8 +41,8 @@ def _load_states(array, at, channel_stride, state_stride, state, width, scale, o
             store(out, n * LANES, load_some(array, at + n * state_stride, width) * scale)
     else:
         out[: state * LANES] = 0.0
-        for lane in range(width):
-            for n in range(state):
+        for n in range(state):
+            for lane in range(width):
                 out[n * LANES + lane] = array[at + lane * channel_stride + n * state_stride] * scale
 
 
@@ -298,8 +299,8 @@ class _SelectiveScan(torch.autograd.Function):
             *inputs, flat(borders, u), *strided(dy, u), *strided_state(dfinal, u), *(flat(out, u) for out in outputs),
         )  # fmt: skip
         return (
-            du, ddelta, dA.sum(0).t(), dB.sum(1), dC.sum(1),
-            None if D is None else dD.sum(0), dz, None if delta_bias is None else dbias.sum(0),
+            du, ddelta, sum_partial(dA, 0).t(), sum_partial(dB, 1), sum_partial(dC, 1),
+            None if D is None else sum_partial(dD, 0), dz, None if delta_bias is None else sum_partial(dbias, 0),
             None, None, dinitial.transpose(1, 2) if ctx.needs_input_grad[10] else None,
         )  # fmt: skip
 

@@ -1,0 +1,195 @@
+"""`cobra.load` and what it returns: generate, stream, score, encode_image."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cobra
+from cobra.errors import CheckpointError, ConfigError, DataError, ShapeError
+
+PROMPT = "what color is the circle?"
+
+
+@pytest.fixture(scope="module")
+def vlm(trained_run: Path) -> cobra.Cobra:
+    return cobra.load(trained_run, device="cpu")
+
+
+@pytest.fixture
+def paths(small_data) -> list[Path]:
+    return [small_data.image(n) for n in range(4)]
+
+
+@pytest.fixture
+def server(small_data) -> Iterator[str]:
+    """A web server on this machine that serves the images; its address."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=small_data.images))
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def generate(vlm: cobra.Cobra, image, prompt=PROMPT, **options) -> str | list[str]:
+    return vlm.generate(image, prompt, max_new_tokens=12, **options)
+
+
+def test_answers_depend_on_the_image(vlm: cobra.Cobra, paths: list[Path]) -> None:
+    """Else most tests below would compare nothing."""
+    assert len({*generate(vlm, paths), *generate(vlm, paths, "what shape is in the image?")}) > 2
+    assert generate(vlm, paths[0]) != ""
+
+
+def test_every_kind_of_image_gives_the_same_answer(vlm: cobra.Cobra, paths: list[Path], server: str) -> None:
+    expected = generate(vlm, paths[0])
+    image = Image.open(paths[0])
+    for kind in (str(paths[0]), image, np.asarray(image), f"{server}/0.png", vlm.encode_image(paths[0])):
+        assert generate(vlm, kind) == expected
+
+
+def test_lists_in_lists_out(vlm: cobra.Cobra, paths: list[Path]) -> None:
+    questions = [
+        PROMPT,
+        "what shape is in the image?",
+        "is there a red shape?",
+        "is there a circle shape in the image?",
+    ]
+    one_by_one = [generate(vlm, path, question) for path, question in zip(paths, questions, strict=True)]
+    assert generate(vlm, paths, questions) == one_by_one
+    assert generate(vlm, paths[0], questions) == [generate(vlm, paths[0], question) for question in questions]
+    assert generate(vlm, paths) == [generate(vlm, path) for path in paths]
+    assert generate(vlm, paths[:1], questions[:1]) == one_by_one[:1]
+    assert generate(vlm, paths[:1]) == [generate(vlm, paths[0])]
+
+
+def test_text_alone_is_answered(vlm: cobra.Cobra) -> None:
+    assert isinstance(generate(vlm, None), str)
+    assert generate(vlm, None, [PROMPT, "hi"]) == [generate(vlm, None), generate(vlm, None, "hi")]
+
+
+def test_state_stands_in_for_images(vlm: cobra.Cobra, paths: list[Path]) -> None:
+    states = vlm.encode_image(paths)
+    assert len(states) == 4
+    assert generate(vlm, states) == generate(vlm, paths)
+    assert generate(vlm, states[2]) == generate(vlm, paths[2])
+    assert generate(vlm, states[[3, 3, 0]]) == [generate(vlm, paths[n]) for n in (3, 3, 0)]
+    assert generate(vlm, [states[1], states[2]]) == generate(vlm, paths[1:3])
+    assert generate(vlm, states) == generate(vlm, paths)  # using a state does not use it up
+
+
+def test_greedy_tokens_equal_a_full_pass_each(vlm: cobra.Cobra, paths: list[Path]) -> None:
+    """Without any state: the whole sequence again for every token."""
+    ids = vlm.tokenizer.encode(vlm.prompt.question(PROMPT))
+    pixels = [view[None] for view in vlm.model.vision.transform(Image.open(paths[0]))]
+    answer: list[int] = []
+    with torch.no_grad():
+        while len(answer) < 12:
+            token = int(vlm.model(torch.tensor([ids + answer]), pixels=pixels).logits[0, -1].argmax())
+            if token == vlm.tokenizer.end_id:
+                break
+            answer.append(token)
+    assert generate(vlm, paths[0]) == vlm.tokenizer.decode(answer).strip()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 8.0])  # 8: random bytes, cut and invalid characters among them
+def test_stream_pieces_join_to_the_generated_text(vlm: cobra.Cobra, paths: list[Path], temperature: float) -> None:
+    for seed in range(4):
+        options = {"temperature": temperature, "seed": seed, "max_new_tokens": 30}
+        pieces = list(vlm.stream(paths[0], PROMPT, **options))
+        assert "".join(pieces).strip() == vlm.generate(paths[0], PROMPT, **options)
+        assert all(pieces) and (temperature == 0 or len(pieces) > 5)
+
+
+def test_stream_leaves_the_callers_grad_mode_alone(vlm: cobra.Cobra, paths: list[Path]) -> None:
+    for _ in vlm.stream(paths[0], PROMPT, max_new_tokens=3):
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_sampling_is_seeded(vlm: cobra.Cobra, paths: list[Path]) -> None:
+    def draw(seed: int, **options: float) -> str | list[str]:
+        return generate(vlm, paths[0], temperature=8.0, seed=seed, **options)
+
+    assert draw(1) == draw(1)
+    assert len({draw(seed) for seed in range(5)}) > 1
+    assert {draw(seed, top_p=1e-6) for seed in range(3)} == {generate(vlm, paths[0])}  # the likeliest token alone
+
+
+def test_scores_are_a_softmax_over_the_choices(vlm: cobra.Cobra, paths: list[Path]) -> None:
+    choices = ["Yes", "No", "circle"]
+    scores = vlm.score(paths, PROMPT, choices)
+    assert np.shape(scores) == (4, 3)
+    assert [sum(row) for row in scores] == pytest.approx([1] * 4, abs=1e-6)
+    ids = torch.tensor([vlm.tokenizer.encode(vlm.prompt.question(PROMPT))])
+    columns = [vlm.tokenizer.encode(choice)[0] for choice in choices]
+    for path, row in zip(paths, scores, strict=True):
+        pixels = [view[None] for view in vlm.model.vision.transform(Image.open(path))]
+        with torch.no_grad():
+            logits = vlm.model(ids, pixels=pixels).logits[0, -1, columns].double().numpy()
+        expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        np.testing.assert_allclose(row, expected, rtol=1e-4)  # float32 logits of one pass against prefix and prompt
+        assert vlm.score(path, PROMPT, choices) == pytest.approx(row, rel=1e-4)
+
+
+def test_bfloat16_answers(trained_run: Path, paths: list[Path], vlm: cobra.Cobra) -> None:
+    half = cobra.load(trained_run, device="cpu", dtype="bfloat16")
+    assert half.score(paths[0], PROMPT, ["Yes", "No"]) == pytest.approx(
+        vlm.score(paths[0], PROMPT, ["Yes", "No"]), abs=0.1
+    )
+    assert isinstance(generate(half, paths[0]), str)
+
+
+def test_wrong_use_is_refused(vlm: cobra.Cobra, paths: list[Path], server: str, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("not an image")
+    for error, message, call in (
+        (ShapeError, "4 images and 2 prompts", lambda: generate(vlm, paths, ["a", "b"])),
+        (ShapeError, "images is empty", lambda: generate(vlm, [])),
+        (ShapeError, "prompts is empty", lambda: generate(vlm, paths[0], [])),
+        (DataError, "absent.png", lambda: generate(vlm, "absent.png")),
+        (DataError, "does not decode", lambda: generate(vlm, tmp_path / "text.png")),
+        (DataError, "/absent.png", lambda: generate(vlm, f"{server}/absent.png")),
+        (DataError, "float64", lambda: generate(vlm, np.zeros((4, 4, 3)))),
+        (DataError, "uint8", lambda: generate(vlm, np.zeros(4, np.uint8))),
+        (DataError, r"\(4, 4, 5\)", lambda: generate(vlm, np.zeros((4, 4, 5), np.uint8))),
+        (DataError, "int", lambda: generate(vlm, 7)),
+        (ConfigError, "single tokens", lambda: vlm.score(paths[0], PROMPT, ["Perhaps"])),
+        (ConfigError, "temperature=-1", lambda: generate(vlm, paths[0], temperature=-1)),
+        (ConfigError, "top_p=0", lambda: generate(vlm, paths[0], top_p=0)),
+    ):
+        with pytest.raises(error, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_grey_arrays_are_images(vlm: cobra.Cobra) -> None:
+    array = np.arange(0, 256, 4, np.uint8)[None].repeat(64, axis=0)
+    expected = generate(vlm, np.stack([array] * 3, axis=2))
+    assert generate(vlm, array) == generate(vlm, array[:, :, None]) == expected
+
+
+def test_load_says_what_is_wrong(tmp_path: Path, trained_run: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for name, message in (
+        ("absent", "no run or model folder"),
+        ("run", "has not finished"),
+        ("other", "neither a run"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            cobra.load(tmp_path / name)
+    with pytest.raises(ConfigError, match="float16"):
+        cobra.load(trained_run, dtype="float16")
+    assert cobra.load(trained_run / "model", device="cpu").name == "tiny"  # the model folder alone will do

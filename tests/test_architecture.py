@@ -1,0 +1,126 @@
+"""The rules of docs: who imports whom, which library belongs where, what an import may do."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "cobra"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A room, and the rooms it may import; itself is always allowed, and so are those that its own rooms may import.
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "runtime": {"errors"},
+    "hub": {"errors", "config", "runtime"},
+    "ops": {"errors", "config", "runtime"},
+    "text": {"errors", "config", "runtime", "hub"},
+    "models": {"ops", "text"},
+    "generation": {"models"},
+    "api": {"generation"},
+    "data": {"text"},
+    "train": {"models", "data"},
+    "eval": {"api", "data"},
+}
+
+HOMES = {  # library: the only rooms that may import it
+    "timm": {"models"},
+    "tokenizers": {"text"},
+    "omegaconf": {"config"},
+    "matplotlib": {"train", "eval"},
+    "numba": {"ops"},
+    "triton": {"ops"},
+    "mamba_ssm": {"ops"},
+    "causal_conv1d": {"ops"},
+    "wandb": {"train"},
+    "easy_vqa": {"data"},
+    "hydra": set(),
+    "transformers": set(),
+}
+
+OPTIONAL = {"wandb", "mamba_ssm", "causal_conv1d", "triton", "easy_vqa", "transformers"}  # never at module level
+
+
+def reachable(room: str) -> set[str]:
+    rooms = {room} | ALLOWED[room]
+    for other in ALLOWED[room]:
+        rooms |= reachable(other)
+    return rooms
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(file: Path, *, top_level: bool = False) -> set[str]:
+    """Absolute names of the modules that a file imports."""
+    tree = ast.parse(file.read_text())
+    package = file.relative_to(ROOT).parent.parts
+    names = set()
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            names |= {f"{module}.{alias.name}" for alias in node.names} if module == "cobra" else {module}
+    return names
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_module_imports_only_lower_rooms(file: Path) -> None:
+    room = room_of(file)
+    if room == "__init__":  # the lazy front door
+        assert not {name for name in imports(file, top_level=True) if name.split(".")[0] in ("torch", "cobra")}
+        return
+    assert room in ALLOWED, f"give {room} a line in the table"
+    used = {name.split(".")[1] for name in imports(file) if name.startswith("cobra.")}
+    assert used <= reachable(room), f"{room} must not import {sorted(used - reachable(room))}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_libraries_stay_in_their_rooms(file: Path) -> None:
+    libraries = {name.split(".")[0] for name in imports(file)}
+    for library in libraries & HOMES.keys():
+        assert room_of(file) in HOMES[library], f"{library} does not belong here"
+    at_module_level = {name.split(".")[0] for name in imports(file, top_level=True)}
+    backend = file.is_relative_to(PACKAGE / "ops" / "backends")
+    assert not at_module_level & (OPTIONAL if not backend else {"wandb", "easy_vqa"})
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_library_never_prints(file: Path) -> None:
+    if file.name == "__main__.py":  # a command
+        return
+    calls = [node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+    assert not [call.lineno for call in calls if isinstance(call, ast.Name) and call.id == "print"]
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_import_cobra_loads_no_torch() -> None:
+    heavy = ["torch", "timm", "numpy", "PIL", "tokenizers", "hydra", "omegaconf", "matplotlib", "wandb"]
+    output = run_python(f"import sys, cobra; cobra.__version__; print([m for m in {heavy} if m in sys.modules])")
+    assert output.strip() == "[]"
+
+
+def test_modules_import_without_side_effects() -> None:
+    """No logging set-up, no seeding, no environment writes."""
+    modules = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in FILES]
+    modules = [module for module in modules if not module.endswith("__main__")]
+    output = run_python(
+        "import importlib, logging, os, torch, timm, matplotlib.figure, tokenizers\n"
+        "def world(): return dict(os.environ), logging.root.handlers[:], torch.get_rng_state().tolist()\n"
+        "before = world()\n"
+        f"for module in {modules}: importlib.import_module(module)\n"
+        "print(world() == before)"
+    )
+    assert output.strip() == "True"
