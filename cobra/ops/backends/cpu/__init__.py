@@ -1,7 +1,9 @@
 """A fast CPU backend: explicit SIMD kernels compiled by Numba at first use and kept on disk after that."""
 
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,5 +34,16 @@ def __getattr__(name: str) -> Any:
     """Import Numba and the kernels when a function is first asked for."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _drop_stale_kernels()
     function = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
     return function
+
+
+def _drop_stale_kernels() -> None:
+    """Delete compiled kernels that are older than `vector.py`: Numba's cache watches the kernels' own files only."""
+    folder = Path(__file__).parent
+    changed = (folder / "vector.py").stat().st_mtime
+    for index in (folder / "__pycache__").glob("*.nbi"):
+        with suppress(OSError):  # another process was faster, or the folder is not ours
+            if index.stat().st_mtime < changed:
+                index.unlink()

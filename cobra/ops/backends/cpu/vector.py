@@ -5,8 +5,6 @@ it cannot prove that the work arrays do not overlap. Kernels written with these 
 
 `v + w`, `v - w`, `v * w`, `v / w` work on vectors and on a vector and a scalar. Floating point contraction (fused
 multiply-add) is allowed, reordering is not: the same machine always gives the same bits.
-
-After a change of this file delete `__pycache__/*.nbi` beside it: Numba's cache watches the kernels' own files only.
 """
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportReturnType=false
 # (intrinsics take one argument less than their definitions show, and llvmlite's types are partial)
