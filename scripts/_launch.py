@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -24,6 +24,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Hydra takes `model=...` for a choice in the config group of that name; in evaluate.yaml the setting is called `load`.
 _ALIASES = {"evaluate": {"model": "load"}}
+# What makes a config with mandatory choices compose when only its keys matter.
+_SOME_CHOICE = {"evaluate": ["benchmark=easyvqa"]}
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -38,9 +40,11 @@ def launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     for alias, name in _ALIASES.get(config_name, {}).items():
         sys.argv[1:] = [re.sub(f"^{alias}=", f"{name}=", argument) for argument in sys.argv[1:]]
 
+    swept: list[str] = []
+
     def task(cfg: DictConfig) -> None:
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-            _name_sweep_job(cfg)
+            _name_sweep_job(cfg, swept)
         try:
             main(cfg)
         except Interrupted as error:
@@ -53,7 +57,7 @@ def launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     if rerun is not None:
         task(_load_rerun(rerun, sys.argv[1:]))
         return
-    _check_command_line(config_name)
+    swept += _check_command_line(config_name)
     hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
 
 
@@ -83,22 +87,30 @@ def _load_rerun(file: str, overrides: list[str]) -> DictConfig:
     return OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))  # type: ignore[return-value]
 
 
-def _name_sweep_job(cfg: DictConfig) -> None:
+def _name_sweep_job(cfg: DictConfig, swept: list[str]) -> None:
     """Give each job of a --multirun its own run folder, named after what is swept, never after a clock."""
-    dirname = HydraConfig.get().job.override_dirname
-    if "run" in cfg and dirname and "run.name=" not in dirname:
-        cfg.run.name = f"{cfg.run.name}/{dirname.replace('/', '-')}"
+    values = [text for text in HydraConfig.get().overrides.task if text.split("=", 1)[0] in swept]
+    if "run" in cfg and values and "run.name" not in swept:
+        cfg.run.name = f"{cfg.run.name}/{','.join(values).lstrip('+').replace('/', '-')}"
 
 
-def _check_command_line(config_name: str) -> None:
-    """Compose once with Hydra's messages shortened and the nearest valid name added, before Hydra itself runs."""
+def _check_command_line(config_name: str) -> list[str]:
+    """Compose once, with Hydra's messages shortened and the nearest valid name added, before Hydra itself runs.
+
+    Returns the keys that a --multirun sweeps over.
+    """
     arguments = get_args_parser().parse_args()
-    if arguments.help or arguments.hydra_help or arguments.config_path or arguments.config_name or arguments.config_dir:
-        return
+    if arguments.help:  # shows the settings as composed, which needs every mandatory choice
+        chosen = {override.split("=", 1)[0] for override in arguments.overrides}
+        sys.argv += [choice for choice in _SOME_CHOICE.get(config_name, []) if choice.split("=")[0] not in chosen]
+        return []
+    if arguments.hydra_help or arguments.config_path or arguments.config_name or arguments.config_dir:
+        return []
     try:
         parsed = OverridesParser.create().parse_overrides(arguments.overrides)
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             hydra.compose(config_name, overrides=[_one_value(override) for override in parsed])
+        return [(override.input_line or "").split("=", 1)[0] for override in parsed if override.is_sweep_override()]
     except MissingConfigException as error:
         _fail(_explain_missing(error))
     except HydraException as error:
@@ -134,13 +146,12 @@ def _explain_override(message: str, config_name: str) -> str:
     if wrong is None:
         return lines[0]
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        choices = ["benchmark=easyvqa"] if config_name == "evaluate" else []
-        config: Any = OmegaConf.to_container(hydra.compose(config_name, overrides=choices))
+        config: Any = OmegaConf.to_container(hydra.compose(config_name, overrides=_SOME_CHOICE.get(config_name, [])))
     groups = [path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*") if path.is_dir()]
     name = wrong.group(1) or wrong.group(2)
     return f"There is no setting or group '{name}'.{nearest(name, [*flatten(config), *config, *groups])}"
 
 
-def _fail(message: object, code: int = 1) -> None:
+def _fail(message: object, code: int = 1) -> NoReturn:
     logging.getLogger("cobra").error("error: %s", message)
     sys.exit(code)

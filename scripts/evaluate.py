@@ -8,11 +8,14 @@ def main(cfg: DictConfig) -> None:
     from hydra.utils import instantiate
 
     from cobra.config import EvaluateConfig, as_config
-    from cobra.eval.run import evaluate
 
     OmegaConf.set_struct(cfg, False)
-    benchmark = instantiate(cfg.pop("benchmark"))
-    evaluate(as_config(EvaluateConfig, cfg), benchmark)
+    benchmark = cfg.pop("benchmark")
+    config = as_config(EvaluateConfig, cfg)
+
+    from cobra.eval.run import evaluate
+
+    evaluate(config, instantiate(benchmark))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,12 @@ from omegaconf import DictConfig
 
 def main(cfg: DictConfig) -> None:
     from cobra.config import PretrainConfig, as_config
+
+    config = as_config(PretrainConfig, cfg)  # wrong settings fail here, before torch is even imported
+
     from cobra.train.run import pretrain
 
-    pretrain(as_config(PretrainConfig, cfg))
+    pretrain(config)
 
 
 if __name__ == "__main__":

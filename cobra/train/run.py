@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from cobra.config import PretrainConfig, as_dict, flatten
@@ -72,6 +73,7 @@ def pretrain(config: PretrainConfig) -> Path:
     model.to(device)
     optimizer = build_optimizer(model.named_parameters(), config.train)
     trainer = Trainer(config, model, optimizer, run_folder, num_steps)
+    torch.manual_seed(config.run.seed)  # what layers draw (drop path); a checkpoint puts back its own state
     trainer.resume()
     is_finished = trainer.progress.step >= num_steps
     if is_finished:

@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from cobra.config import EvaluateConfig, PretrainConfig, TrackerConfig, as_config
+from cobra.errors import ConfigError
 from cobra.eval.benchmark import Benchmark
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -108,12 +109,8 @@ def the_error(result: subprocess.CompletedProcess[str]) -> str:
         ("pretrain", ["+train.max_stepz=3"], ["'train.max_stepz'", "'max_steps'"]),
         ("pretrain", ["model/projector=fused-gelu"], ["'fused-gelu'", "'fused-gelu-mlp'"]),
         ("pretrain", ["+experiment=tyni"], ["'tyni'", "'tiny'"]),
-        ("pretrain", ["train.max_steps=many"], ["train.max_steps='many'", "int"]),
-        ("pretrain", ["train.stage=aling"], ["train.stage='aling'", "'align'"]),
         ("pretrain", ["train.per_device_batch_size=12"], ["=32", "=12", "24 or 36"]),
-        ("pretrain", ["train.epochs=null", "train.max_steps=null"], ["train.epochs", "train.max_steps"]),
         ("pretrain", ["data.annotations=absent.json", "data.source=null"], ["absent.json"]),
-        ("pretrain", ["run.name=../x"], ["run.name='../x'"]),
         ("pretrain", ["--rerun", "absent.yaml"], ["absent.yaml"]),
         ("evaluate", ["model=x"], ["benchmark", "easyvqa"]),
         ("evaluate", ["benchmark=easyvqua", "model=x"], ["'easyvqua'", "'easyvqa'"]),
@@ -130,6 +127,28 @@ def test_mistake_ends_in_one_line(
     line = the_error(script(name, *arguments))
     assert all(word in line for word in words), line
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.max_steps=many"], ["train.max_steps='many'", "int"]),
+        (["train.stage=aling"], ["train.stage='aling'", "'align'"]),
+        (["train.epochs=null", "train.max_steps=null"], ["train.epochs", "train.max_steps"]),
+        (["run.name=../x"], ["run.name='../x'"]),
+        (["train.betas=[0.9]"], ["train.betas=[0.9]", "two numbers"]),
+        (["parallel.precision=fp16"], ["parallel.precision='fp16'", "bf16"]),
+        (["model.llm.d_state=0"], ["model.llm.d_state=0"]),
+    ],
+    ids=str,
+)
+def test_typed_door_names_the_setting(
+    tiny_config: Callable[..., PretrainConfig], overrides: list[str], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tiny_config(*overrides)
+    message = str(caught.value)
+    assert all(word in message for word in words) and "\n" not in message
 
 
 def test_rerun_gives_the_same_weights(script: Script, small_run: list[str], tmp_path: Path) -> None:

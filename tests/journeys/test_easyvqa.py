@@ -21,7 +21,7 @@ def folder(command: Callable[..., list[str]], tmp_path_factory: pytest.TempPathF
     """A folder with a trained and evaluated run in it."""
     folder = tmp_path_factory.mktemp("journey")
     for arguments in (
-        command("pretrain", "train.max_steps=200", "train.log_every=20", "data.check=exists", "parallel.device=cpu"),
+        command("pretrain", "train.max_steps=100", "train.log_every=20", "data.check=exists", "parallel.device=cpu"),
         command("evaluate", *EVALUATE),
     ):
         result = subprocess.run(arguments, cwd=folder, capture_output=True, text=True)
