@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,11 +40,15 @@ def pick_device(name: str) -> torch.device:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far in GiB: of the process on a CPU, of torch's allocations on a GPU."""
+    """Peak memory so far in GiB: of the process on a CPU (0 on Windows), of torch's allocations on a GPU."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":  # has no module `resource`
+        return 0.0
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
@@ -66,9 +69,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
     write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    flush_to_disk(temporary)
     temporary.replace(path)
+
+
+def flush_to_disk(file: Path) -> None:
+    """Wait until a file's content has reached the disk, so that a rename never runs ahead of it."""
+    with file.open("r+b") as handle:
+        os.fsync(handle.fileno())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from cobra.config import ModelConfig, as_config, as_dict
 from cobra.errors import CheckpointError, ConfigError
 from cobra.models.vlm import CobraVLM
+from cobra.runtime import flush_to_disk
 
 TIED = "lm_head.weight"  # the head shares the embedding's weight; it is stored once, under the embedding's name
 
@@ -91,6 +92,7 @@ def save_model_folder(model: CobraVLM, tokenizer_file: Path, folder: Path) -> No
     shutil.copyfile(tokenizer_file, temporary / "tokenizer.json")
     config = as_dict(self_contained(model.config))
     (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    flush_to_disk(temporary / "model.safetensors")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

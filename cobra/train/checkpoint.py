@@ -8,7 +8,6 @@ checkpoints/latest                            the name of the newest complete ch
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from cobra.errors import CheckpointError
 from cobra.models.weights import assign, read_safetensors, untied_state
-from cobra.runtime import write_text
+from cobra.runtime import flush_to_disk, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +39,7 @@ def save(folder: Path, progress: Progress, model: nn.Module, optimizer: torch.op
     save_file(_collect(model, optimizer), temporary / "tensors.safetensors")
     (temporary / "state.json").write_text(json.dumps(vars(progress)) + "\n")
     for file in (temporary / "tensors.safetensors", temporary / "state.json"):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+        flush_to_disk(file)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
     write_text(folder / "latest", target.name + "\n")
