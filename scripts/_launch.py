@@ -88,10 +88,14 @@ def _load_rerun(file: str, overrides: list[str]) -> DictConfig:
 
 
 def _name_sweep_job(cfg: DictConfig, swept: list[str]) -> None:
-    """Give each job of a --multirun its own run folder, named after what is swept, never after a clock."""
+    """Give each job of a --multirun its own run folder, named after what is swept, never after a clock.
+
+    `=` and `,` mean something on Hydra's command line, so the folder `run.seed-1` stands for run.seed=1.
+    """
     values = [text for text in HydraConfig.get().overrides.task if text.split("=", 1)[0] in swept]
     if "run" in cfg and values and "run.name" not in swept:
-        cfg.run.name = f"{cfg.run.name}/{','.join(values).lstrip('+').replace('/', '-')}"
+        names = [re.sub(r"[^\w.-]", "-", value.lstrip("+")) for value in values]
+        cfg.run.name = f"{cfg.run.name}/{'_'.join(names)}"
 
 
 def _check_command_line(config_name: str) -> list[str]:

@@ -30,7 +30,7 @@ def evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
     missing = [q.image for q in questions if not q.image.is_file()]
     if missing:
         raise DataError(f"{len(missing)} images of {benchmark.name} are missing, for example {missing[0]}.")
-    name = Path(config.load).expanduser().resolve().name
+    name = _display_name(config)
     folder = Path(config.output or Path(config.paths.results) / benchmark.name / name)
     store = AnswerStore(
         folder,
@@ -65,6 +65,12 @@ def evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
     log.info("Report: %s", folder / "report.md")
     log.info("Pictures: %s, %s", folder / "examples.png", folder / "by_type.png")
     return scores
+
+
+def _display_name(config: EvaluateConfig) -> str:
+    """The run's name for a run folder, else the folder's own name."""
+    folder, runs = Path(config.load).expanduser().resolve(), Path(config.paths.runs).resolve()
+    return folder.relative_to(runs).as_posix() if folder.is_relative_to(runs) else folder.name
 
 
 def _digest(content: bytes) -> str:

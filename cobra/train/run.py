@@ -71,41 +71,50 @@ def pretrain(config: PretrainConfig) -> Path:
     num_steps = config.train.max_steps or math.ceil((config.train.epochs or 0) * sampler.batches_per_epoch)
 
     model.to(device)
-    optimizer = build_optimizer(model.named_parameters(), config.train)
-    trainer = Trainer(config, model, optimizer, run_folder, num_steps)
+    trainer = Trainer(config, model, build_optimizer(model.named_parameters(), config.train), run_folder, num_steps)
     torch.manual_seed(config.run.seed)  # what layers draw (drop path); a checkpoint puts back its own state
     trainer.resume()
-    is_finished = trainer.progress.step >= num_steps
-    if is_finished:
-        log.info("Run %s has already finished its %d steps.", run_folder, num_steps)
-    else:
-        learnt = sum(parameter.numel() for parameter in trainer.parameters)
-        total = sum(parameter.numel() for parameter in model.parameters())
-        epochs = num_steps / sampler.batches_per_epoch
-        log.info("Run %s on %s: %s of %s parameters learn.", run_folder, device, f"{learnt:,}", f"{total:,}")
-        log.info(
-            "Data %s: %s rows, %d steps are %.2f epochs.", config.data.name, f"{len(dataset.rows):,}", num_steps, epochs
-        )
-        write_text(run_folder / CONFIG_FILE, yaml.safe_dump(as_dict(config), sort_keys=False))
-        steps = iterate(
-            dataset,
-            sampler,
-            micro_batch_size=config.train.per_device_batch_size,
-            first_step=trainer.progress.step,
-            num_steps=num_steps,
-            num_workers=config.train.num_workers,
-        )
-        trackers = build_trackers(config.tracker, run_folder, as_dict(config), trainer.progress.step)
-        try:
-            trainer.fit(steps, trackers)
-        finally:
-            for tracker in trackers:
-                tracker.close()
-            plot_loss(run_folder)
-    if not is_finished or not (run_folder / "model").exists():
+    if trainer.progress.step < num_steps:
+        _fit(trainer, dataset, sampler)
         save_model_folder(model, tokenizer.file, run_folder / "model")
+    else:
+        log.info("Run %s has already finished its %d steps.", run_folder, num_steps)
+        if not (run_folder / "model").exists():  # killed between the last checkpoint and the export
+            save_model_folder(model, tokenizer.file, run_folder / "model")
     log.info("Model: %s | loss curve: %s", run_folder / "model", run_folder / "loss.png")
     return run_folder
+
+
+def _fit(trainer: Trainer, dataset: ConversationDataset, sampler: UnitSampler) -> None:
+    """Train from where the trainer stands; metrics and loss.png are written also when it is interrupted."""
+    config, run_folder, first_step = trainer.config, trainer.run_folder, trainer.progress.step
+    learnt = sum(parameter.numel() for parameter in trainer.parameters)
+    total = sum(parameter.numel() for parameter in trainer.model.parameters())
+    epochs = trainer.num_steps / sampler.batches_per_epoch
+    log.info("Run %s on %s: %s of %s parameters learn.", run_folder, trainer.model.device, f"{learnt:,}", f"{total:,}")
+    log.info(
+        "Data %s: %s rows; %d steps are %.2f epochs.",
+        config.data.name,
+        f"{len(dataset.rows):,}",
+        trainer.num_steps,
+        epochs,
+    )
+    write_text(run_folder / CONFIG_FILE, yaml.safe_dump(as_dict(config), sort_keys=False))
+    steps = iterate(
+        dataset,
+        sampler,
+        micro_batch_size=config.train.per_device_batch_size,
+        first_step=first_step,
+        num_steps=trainer.num_steps,
+        num_workers=config.train.num_workers,
+    )
+    trackers = build_trackers(config.tracker, run_folder, as_dict(config), first_step)
+    try:
+        trainer.fit(steps, trackers)
+    finally:
+        for tracker in trackers:
+            tracker.close()
+        plot_loss(run_folder)
 
 
 def _initial_model(config: PretrainConfig, tokenizer: Tokenizer) -> CobraVLM:

@@ -40,6 +40,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.model, self.optimizer = model, optimizer
+        self.run_folder = run_folder
         self.checkpoints = run_folder / "checkpoints"
         self.num_steps = num_steps
         self.progress = Progress()

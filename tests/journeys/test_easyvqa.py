@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 pytest.importorskip("easy_vqa")
 
+README = Path(__file__).resolve().parents[2] / "README.md"
 QUESTION_ONLY = 67.0  # per cent: the best that can be done without looking at the image
 EVALUATE = ["benchmark=easyvqa", "limit=1500", "batch_size=250", "model=runs/tiny", "device=cpu"]
 
@@ -76,3 +79,25 @@ def test_killed_evaluation_goes_on_to_the_same_predictions(folder: Path, command
     subprocess.run(command("evaluate", *EVALUATE, f"output={target}"), cwd=folder, check=True, capture_output=True)
     assert results(target)["asked_now"] == 1500 - num_done
     assert predictions(target) == predictions(folder / "results" / "easyvqa" / "tiny")
+
+
+def test_readme_python_runs(folder: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()  # what it streams
+
+
+@pytest.mark.parametrize("line", re.findall(r"^ {4}(python scripts/[^#\n]+)", README.read_text(), flags=re.MULTILINE))
+def test_readme_command_composes(folder: Path, line: str) -> None:
+    _, file, *arguments = line.split()
+    if "--help" not in arguments:
+        arguments = [a for a in arguments if a != "--multirun"] + ["--cfg", "job"]
+    if "--rerun" in arguments:
+        assert Path(folder / arguments[arguments.index("--rerun") + 1]).is_file()
+        return
+    arguments = [re.sub(r"=(\w+),.*", r"=\1", argument) for argument in arguments]  # one value of a sweep
+    result = subprocess.run(
+        [sys.executable, str(README.parent / file), *arguments], cwd=folder, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
