@@ -150,7 +150,9 @@ def main() -> None:
         if variant == "slow" and arguments.skip_slow:
             continue
         command = [sys.executable, __file__, "--variant", variant, "--rows", str(arguments.rows)]
-        answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        answer = subprocess.run(command, capture_output=True, text=True)
+        if answer.returncode:
+            sys.exit(f"{name} failed:\n{answer.stderr}")
         result = results[variant] = json.loads(answer.stdout.splitlines()[-1])
         ratio = result["seconds"] / results["ours"]["seconds"]
         print(

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from cobra.config import one_of
-from cobra.errors import ShapeError
+from cobra.errors import ConfigError, ShapeError
 from cobra.generation.engine import choice_probabilities, decode
 from cobra.generation.sampling import Sampling
 from cobra.hub import open_image, resolve_model_folder
@@ -186,6 +186,8 @@ class Cobra:
         Raises:
             ConfigError: a choice is not a single token.
         """
+        if not choices:
+            raise ConfigError("score needs at least one choice, such as ['Yes', 'No'].")
         choice_ids = [self.tokenizer.single_id(choice) for choice in choices]
         state, prompts = self._pair(image, prompt)
         ids = [self._encode(text) for text in prompts]
@@ -200,7 +202,10 @@ class Cobra:
         images = list(image) if isinstance(image, (list, tuple)) else [image]
         if not images:
             raise ShapeError("The list of images is empty.")
-        if all(isinstance(item, ImageState) for item in images):
+        is_state = [isinstance(item, ImageState) for item in images]
+        if any(is_state) and not all(is_state):
+            raise ShapeError("A list of images holds both states and images; encode the images first, or none.")
+        if all(is_state):
             return ImageState(MambaState.concat([item.state for item in images]))  # type: ignore[union-attr]
         views = zip(*(self.model.vision.transform(open_image(item)) for item in images), strict=True)  # type: ignore[arg-type]
         pixels = [torch.stack(view).to(self.model.device) for view in views]

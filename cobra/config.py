@@ -44,6 +44,11 @@ def _positive(key: str, value: float) -> None:
         raise ConfigError(f"{key}={value} must be greater than 0.")
 
 
+def _not_negative(key: str, value: float) -> None:
+    if not value >= 0:
+        raise ConfigError(f"{key}={value} must not be negative.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
     """One vision transformer of timm."""
@@ -53,6 +58,15 @@ class TowerConfig:
     layer: int = -2  # block whose output is taken, Python indexing; -2: the second-to-last
     args: dict[str, Any] = field(default_factory=dict[str, Any])  # further arguments of timm.create_model
     weights: str = "timm"  # "timm": its published weights | "random" | a safetensors file
+
+    def __post_init__(self) -> None:
+        taken = sorted({"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"} & self.args.keys())
+        if taken:
+            raise ConfigError(
+                f"model.vision.towers: args may not hold {', '.join(taken)}; weights come from `weights`."
+            )
+        if ":" in self.timm:
+            raise ConfigError(f"model.vision.towers: timm={self.timm!r} must be the name of an architecture in timm.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +191,8 @@ class TrainConfig:
             _positive(f"train.{key}", getattr(self, key))
         _positive("train.save_every", self.save_every)
         _positive("train.keep_checkpoints", self.keep_checkpoints)
+        _not_negative("train.weight_decay", self.weight_decay)
+        _not_negative("train.num_workers", self.num_workers)
         if self.epochs is None and self.max_steps is None:
             raise ConfigError("train.epochs and train.max_steps are both null; set one of them.")
         for key in ("epochs", "max_steps"):
@@ -242,8 +258,9 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.name or self.name.startswith("/") or ".." in self.name.split("/"):
+        if "\\" in self.name or {"", ".", "..", "model", "checkpoints"} & set(self.name.split("/")):
             raise ConfigError(f"run.name={self.name!r} must be a folder name below paths.runs, such as 'tiny'.")
+        _not_negative("run.seed", self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,8 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 # Idle OpenMP threads must sleep: spinning ones take the cores away from the kernels' own threads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -36,7 +38,7 @@ def launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     from cobra.runtime import setup_logging
 
     setup_logging()
-    rerun = _take_option("--rerun")
+    rerun = _take_option("--rerun") if config_name == "pretrain" else None
     for alias, name in _ALIASES.get(config_name, {}).items():
         sys.argv[1:] = [re.sub(f"^{alias}=", f"{name}=", argument) for argument in sys.argv[1:]]
 
@@ -51,6 +53,10 @@ def launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
             _fail(error, code=130)
         except CobraError as error:
             _fail(_unaliased(str(error), config_name))
+        except OSError as error:  # a folder that cannot be written, a full disk
+            _fail(
+                f"{error.filename or 'The system'}: {error.strerror or error}. Check the folder, or choose another one."
+            )
         except KeyboardInterrupt:
             _fail("Interrupted.", code=130)
 
@@ -83,19 +89,24 @@ def _load_rerun(file: str, overrides: list[str]) -> DictConfig:
     """Read a run folder's config.yaml, with `key=value` changes on top."""
     if not Path(file).is_file():
         _fail(f"--rerun {file}: no such file; give a run folder's config.yaml.")
-    config = OmegaConf.load(file)
-    return OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))  # type: ignore[return-value]
+    wrong = [override for override in overrides if not re.match(r"[\w.]+=", override)]
+    if wrong:
+        _fail(f"--rerun takes a file and key=value changes of its settings, not {' '.join(wrong)}.")
+    try:
+        return OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(overrides))  # type: ignore[return-value]
+    except (YAMLError, OmegaConfBaseException) as error:
+        _fail(f"--rerun {file}: {str(error).splitlines()[0]}")
 
 
 def _name_sweep_job(cfg: DictConfig, swept: list[str]) -> None:
     """Give each job of a --multirun its own run folder, named after what is swept, never after a clock.
 
-    `=` and `,` mean something on Hydra's command line, so the folder `run.seed-1` stands for run.seed=1.
+    `=` and `,` mean something on Hydra's command line, so the folder `tiny-run.seed-1` stands for run.seed=1.
     """
     values = [text for text in HydraConfig.get().overrides.task if text.split("=", 1)[0] in swept]
     if "run" in cfg and values and "run.name" not in swept:
         names = [re.sub(r"[^\w.-]", "-", value.lstrip("+")) for value in values]
-        cfg.run.name = f"{cfg.run.name}/{'_'.join(names)}"
+        cfg.run.name = f"{cfg.run.name}-{'_'.join(names)}"
 
 
 def _check_command_line(config_name: str) -> list[str]:
@@ -112,6 +123,8 @@ def _check_command_line(config_name: str) -> list[str]:
         return []
     try:
         parsed = OverridesParser.create().parse_overrides(arguments.overrides)
+        for override in parsed:
+            _check_added_key(override.input_line or "")
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             hydra.compose(config_name, overrides=[_one_value(override) for override in parsed])
         return [(override.input_line or "").split("=", 1)[0] for override in parsed if override.is_sweep_override()]
@@ -119,6 +132,19 @@ def _check_command_line(config_name: str) -> list[str]:
         _fail(_explain_missing(error))
     except HydraException as error:
         _fail(_explain_override(str(error), config_name))
+
+
+def _groups() -> list[str]:
+    return [path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*") if path.is_dir()]
+
+
+def _check_added_key(override: str) -> None:
+    """Hydra would take a misspelt `+group=choice` for a new setting."""
+    from cobra.config import nearest
+
+    added = re.match(r"\++([\w/]+)=", override)
+    if added and added.group(1) not in _groups():
+        _fail(f"There is no group '{added.group(1)}' to add.{nearest(added.group(1), _groups())}")
 
 
 def _one_value(override: Override) -> str:
@@ -151,8 +177,10 @@ def _explain_override(message: str, config_name: str) -> str:
         return lines[0]
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config: Any = OmegaConf.to_container(hydra.compose(config_name, overrides=_SOME_CHOICE.get(config_name, [])))
-    groups = [path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*") if path.is_dir()]
+    groups = _groups()
     name = wrong.group(1) or wrong.group(2)
+    if name in groups:
+        return f"'{name}' is not chosen by default, so it is added with a plus: +{name}=..."
     return f"There is no setting or group '{name}'.{nearest(name, [*flatten(config), *config, *groups])}"
 
 

@@ -6,6 +6,7 @@ folder and absent for text (LLaVA-1.5's format, github.com/haotian-liu/LLaVA, do
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,13 +49,23 @@ def read_rows(annotations: Path) -> list[Row]:
     except UnicodeDecodeError as error:
         raise DataError(f"{annotations} is not UTF-8 text ({error}). Check data.annotations.") from None
     try:
-        lines = annotations.suffix == ".jsonl"
-        raw = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
+        raw = _parse_lines(text) if annotations.suffix == ".jsonl" else json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{annotations} is not valid JSON: {error}. Is the file complete?") from None
     if not isinstance(raw, list) or not raw:
         raise DataError(f"{annotations} must hold a non-empty list of conversations in LLaVA's format.")
     return [_parse(row, f"{annotations}, row {i}") for i, row in enumerate(raw)]
+
+
+def _parse_lines(text: str) -> list[Any]:
+    rows: list[Any] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise json.JSONDecodeError(f"line {number} of the file: {error.msg}", error.doc, error.pos) from None
+    return rows
 
 
 def _parse(row: Any, where: str) -> Row:
@@ -76,6 +87,14 @@ def _parse(row: Any, where: str) -> Row:
         raise DataError(f"{where}: the conversation has no answer; it must end with a message from 'gpt'.")
     values = [message["value"] for message in messages]
     return Row(id=str(row.get("id")), image=image, turns=tuple(zip(values[::2], values[1::2], strict=True)))
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """Return a fingerprint of the rows: the same text and image names in the same order."""
+    sha = hashlib.sha256()
+    for row in rows:
+        sha.update(repr((row.id, row.image, row.turns)).encode())
+    return sha.hexdigest()[:16]
 
 
 class ConversationDataset:
@@ -125,6 +144,19 @@ class ConversationDataset:
             ids += piece
             labels += piece if segment.is_answer else [IGNORE_INDEX] * len(piece)
         return ids[: self.max_length], labels[: self.max_length]
+
+    def check_labels(self) -> None:
+        """Tokenise every row once.
+
+        Raises:
+            DataError: rows are cut so short by `max_length` that nothing of their answers is left.
+        """
+        cut = [row.id for row in self.rows if all(label == IGNORE_INDEX for label in self._tokenize(row)[1])]
+        if cut:
+            raise DataError(
+                f"{len(cut)} of {len(self.rows)} rows have no answer within model.max_length={self.max_length} tokens, "
+                f"the first is {cut[0]!r}. Raise model.max_length, or remove these rows."
+            )
 
     def check_images(self, *, decode: bool) -> None:
         """Look for every image once; with `decode`, also decode it.

@@ -17,15 +17,20 @@ from cobra.errors import DataError
 
 
 def prepare(folder: Path) -> None:
-    """Write the data set below `folder`, complete or not at all. Does nothing when it is there.
+    """Write the data set into `folder`, complete or not at all. Does nothing when it is there.
 
     Raises:
-        DataError: the package is not installed.
+        DataError: the package is not installed, or the folder holds something else (which stays as it is).
     """
+    folder = folder.expanduser().resolve()
     if (folder / "train.json").is_file() and (folder / "test.json").is_file():
         return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(
+            f"{folder} is not empty and holds no easy-VQA; choose another paths.data, or empty it yourself."
+        )
     if util.find_spec("easy_vqa") is None:
-        raise DataError("easy-VQA comes with the PyPI package easy-vqa: pip install 'cobra-vlm[easyvqa]'.")
+        raise DataError("easy-VQA comes with a PyPI package that is not installed: pip install easy-vqa")
     import easy_vqa
 
     splits = {
@@ -40,7 +45,8 @@ def prepare(folder: Path) -> None:
             shutil.copyfile(path, temporary / "images" / split / f"{image_id}.png")
         rows = conversations(split, *questions)
         (temporary / f"{split}.json").write_text(json.dumps(rows), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        folder.rmdir()  # it is empty
     temporary.rename(folder)
 
 

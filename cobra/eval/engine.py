@@ -70,10 +70,17 @@ def ask(
 
 
 def group_by_image(questions: Sequence[Question], batch_size: int) -> Iterator[list[Question]]:
-    """Yield batches of at most `batch_size` questions in which those about the same image stand together."""
+    """Yield batches of at most `batch_size` questions; those about one image share a batch if they fit in one."""
     groups: dict[Path, list[Question]] = {}
     for question in questions:
         groups.setdefault(question.image, []).append(question)
-    ordered = [question for group in groups.values() for question in group]
-    for start in range(0, len(ordered), batch_size):
-        yield ordered[start : start + batch_size]
+    batch: list[Question] = []
+    for group in groups.values():
+        for start in range(0, len(group), batch_size):
+            part = group[start : start + batch_size]
+            if len(batch) + len(part) > batch_size:
+                yield batch
+                batch = []
+            batch += part
+    if batch:
+        yield batch

@@ -25,8 +25,9 @@ def evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
     Raises:
         CobraError: the data or the model is missing or broken, or the folder holds another evaluation.
     """
-    weights = resolve_model_folder(config.load) / "model.safetensors"
-    questions = engine.select(benchmark.questions(), config.limit)
+    model_folder = resolve_model_folder(config.load)
+    every_question = benchmark.questions()
+    questions = engine.select(every_question, config.limit)
     missing = [q.image for q in questions if not q.image.is_file()]
     if missing:
         raise DataError(f"{len(missing)} images of {benchmark.name} are missing, for example {missing[0]}.")
@@ -35,8 +36,9 @@ def evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
     store = AnswerStore(
         folder,
         {
-            "model": _digest(weights.read_bytes()),
-            "questions": _digest("\n".join(f"{q.id}\t{q.text}" for q in questions).encode()),
+            "model": _digest((model_folder / "model.safetensors").read_bytes()),
+            "model config": _digest((model_folder / "config.json").read_bytes()),
+            "questions": _digest(repr([(q.id, q.text, q.truth) for q in every_question]).encode()),
             "dtype": config.dtype,
             "max_new_tokens": benchmark.max_new_tokens,
         },

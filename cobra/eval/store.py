@@ -24,8 +24,8 @@ class AnswerStore:
         self.path = folder / "predictions.jsonl"
         stamp = folder / "fingerprint.json"
         wanted: dict[str, Any] = json.loads(json.dumps(fingerprint))
-        if self.path.exists() and stamp.exists():
-            found: dict[str, Any] = json.loads(stamp.read_text())
+        if self.path.exists():
+            found: dict[str, Any] = json.loads(stamp.read_text()) if stamp.exists() else {}
             different = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
             if different:
                 raise DataError(

@@ -44,6 +44,8 @@ def decode(
     sampling: Sampling,
 ) -> Iterator[list[tuple[int, int]]]:
     """Continue prompts; yield the (row, token id) pairs of each step. `end_id` ends a row and is not yielded."""
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     logits, state = prefill(llm, prompts, state)
     generator = sampling.generator(logits.device)
     rows = torch.arange(len(prompts), device=logits.device)

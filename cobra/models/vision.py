@@ -27,7 +27,7 @@ class VisionTower(nn.Module):
         super().__init__()
         arguments = {"pretrained": config.weights == "timm", "num_classes": 0, "img_size": config.image_size}
         try:
-            self.model = timm.create_model(config.timm, **(arguments | dict(config.args)))
+            self.model = timm.create_model(config.timm, **(dict(config.args) | arguments))
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(f"timm cannot make {config.timm!r} with {arguments | config.args}: {reason}") from None

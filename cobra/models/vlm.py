@@ -29,13 +29,17 @@ class CobraOutput:
     """What `CobraVLM.forward` returns.
 
     Attributes:
-        hidden: final hidden states over image and text positions, [R, P + S, D] ([R, S, D] for text rows).
+        text: final hidden states at the text positions, [R, S, D].
+        prefix: final hidden states at the image positions, [I, P, D]; None for text rows.
+        image_index: int64 [R], the image of each row; None: row r has image r.
         state: Mamba state after each row's last real token.
         loss_sum: cross-entropy summed over the labelled tokens, float32; None without labels.
         num_labels: how many labelled tokens that were; a tensor, so that no device waits for the host.
     """
 
-    hidden: Tensor
+    text: Tensor
+    prefix: Tensor | None
+    image_index: Tensor | None
     state: MambaState
     head: Callable[[Tensor], Tensor]
     loss_sum: Tensor | None = None
@@ -47,6 +51,14 @@ class CobraOutput:
         if self.loss_sum is None or self.num_labels is None:
             return None
         return self.loss_sum / self.num_labels.clamp(min=1)
+
+    @property
+    def hidden(self) -> Tensor:
+        """Final hidden states over image and text positions, [R, P + S, D] ([R, S, D] for text rows)."""
+        if self.prefix is None:
+            return self.text
+        prefix = self.prefix if self.image_index is None else self.prefix[self.image_index]
+        return torch.cat([prefix, self.text], dim=1)
 
     @property
     def logits(self) -> Tensor:
@@ -109,10 +121,10 @@ class CobraVLM(nn.Module):
         if pixels is not None:
             prefix, state = self.read_images([pixels] if isinstance(pixels, Tensor) else pixels)  # [I, P, D]
             if image_index is not None:
-                prefix, state = prefix[image_index], state[image_index]  # [R, P, D]
-            if prefix.shape[0] != input_ids.shape[0]:
+                state = state[image_index]  # R rows
+            if state.batch_size != input_ids.shape[0]:
                 raise ShapeError(
-                    f"input_ids has {input_ids.shape[0]} rows but pixels has {prefix.shape[0]} images; "
+                    f"input_ids has {input_ids.shape[0]} rows but there are images for {state.batch_size}; "
                     "pass image_index to say which image each row belongs to."
                 )
         text, state = self.llm(self.llm.embed(input_ids), state=state, lengths=lengths)  # [R, S, D]
@@ -120,19 +132,29 @@ class CobraVLM(nn.Module):
         if labels is not None:
             if labels.shape != input_ids.shape:
                 raise ShapeError(f"labels {list(labels.shape)} and input_ids {list(input_ids.shape)} differ in shape.")
-            loss_sum, num_labels = self._loss(prefix, text, labels)
-        hidden = text if prefix is None else torch.cat([prefix, text], dim=1)
-        return CobraOutput(hidden=hidden, state=state, head=self.llm.head, loss_sum=loss_sum, num_labels=num_labels)
+            last = None if prefix is None else prefix[:, -1:]  # [I, 1, D], predicts the first text token
+            if last is not None and image_index is not None:
+                last = last[image_index]
+            loss_sum, num_labels = self._loss(last, text, labels)
+        return CobraOutput(
+            text=text,
+            prefix=prefix,
+            image_index=image_index,
+            state=state,
+            head=self.llm.head,
+            loss_sum=loss_sum,
+            num_labels=num_labels,
+        )
 
-    def _loss(self, prefix: Tensor | None, text: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, last: Tensor | None, text: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Sum the cross-entropy where there are labels; the head sees those positions only.
 
         Most positions are patches or prompts, and logits at all of them would be the largest tensor of a step.
         """
-        if prefix is None:
+        if last is None:
             before, labels = text[:, :-1], labels[:, 1:]
         else:
-            before = torch.cat([prefix[:, -1:], text[:, :-1]], dim=1)
+            before = torch.cat([last, text[:, :-1]], dim=1)
         is_labelled = labels != IGNORE_INDEX
         logits = self.llm.head(before[is_labelled]).float()
         return F.cross_entropy(logits, labels[is_labelled], reduction="sum"), is_labelled.sum()

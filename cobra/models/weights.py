@@ -114,7 +114,8 @@ def load_model_folder(folder: Path) -> CobraVLM:
         CheckpointError: a file is missing, damaged, or does not fit the config.
     """
     try:
-        config = as_config(ModelConfig, json.loads((folder / "config.json").read_text()))
+        # Self-contained whatever it says: a folder from elsewhere must not point to other files of this machine.
+        config = self_contained(as_config(ModelConfig, json.loads((folder / "config.json").read_text())))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
     except ConfigError as error:

@@ -96,6 +96,8 @@ def choose(device_type: str, dtype: torch.dtype, name: str | None) -> tuple[Modu
         if module is reference and missing:
             hints = "; ".join(f"{other}: {why}" for other, why in missing.items())
             _log.warning("Using the slow reference ops on %s, faster backends are missing (%s).", device_type, hints)
+        elif module is reference and device_type != "meta":
+            _log.warning("Using the slow reference ops on %s: there is no faster backend for it yet.", device_type)
         reason = "the first available" if not missing else f"the first available ({', '.join(missing)} missing)"
     _log.info("Ops backend for %s on %s: %s, %s.", dtype, device_type, module.NAME, reason)
     return module, reason

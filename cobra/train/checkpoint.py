@@ -20,6 +20,8 @@ from cobra.errors import CheckpointError
 from cobra.models.weights import assign, read_safetensors, untied_state
 from cobra.runtime import flush_to_disk, write_text
 
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
@@ -28,6 +30,7 @@ class Progress:
     step: int = 0  # steps done
     tokens: int = 0  # text tokens and patches read
     seconds: float = 0.0  # of training, over all starts
+    data: str = ""  # digest of the rows that are trained on
 
 
 def save(folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int) -> None:
@@ -95,10 +98,11 @@ def _restore_optimizer(
     for name, parameter in model.named_parameters():
         if parameter not in trained:
             continue
-        state = {key: tensors.pop(f"{name}.{key}", None) for key in ("step", "exp_avg", "exp_avg_sq")}
-        if any(value is None for value in state.values()):
-            raise CheckpointError(f"{checkpoint} has no optimizer state for {name}; was it written by another stage?")
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}  # type: ignore[union-attr]
+        keys = [key for key in ADAMW_STATE if f"{name}.{key}" in tensors]
+        if keys and len(keys) < len(ADAMW_STATE):
+            raise CheckpointError(f"{checkpoint} has only {keys} of the optimizer state of {name}.")
+        if keys:  # none: it has had no gradient yet, such as blocks behind the one that features are taken from
+            optimizer.state[parameter] = {key: tensors.pop(f"{name}.{key}").to(parameter.device) for key in keys}
     if tensors:
         raise CheckpointError(
             f"{checkpoint} has optimizer state that this stage does not train: {sorted(tensors)[:4]}."

@@ -12,7 +12,7 @@ import yaml
 
 from cobra.config import PretrainConfig, as_dict, flatten
 from cobra.data import easyvqa
-from cobra.data.conversations import ConversationDataset, Transform, read_rows
+from cobra.data.conversations import ConversationDataset, Transform, digest, read_rows
 from cobra.data.loader import iterate
 from cobra.data.sampler import UnitSampler
 from cobra.errors import CheckpointError, ConfigError, DataError
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 
-# Settings that may differ when a run is resumed: they change no weight.
+# Settings that may differ when a run is resumed. They change no weight; the data's rows are compared themselves.
 FREE_SETTINGS = (
     "paths.",
     "tracker.",
@@ -71,7 +71,8 @@ def pretrain(config: PretrainConfig) -> Path:
     num_steps = config.train.max_steps or math.ceil((config.train.epochs or 0) * sampler.batches_per_epoch)
 
     model.to(device)
-    trainer = Trainer(config, model, build_optimizer(model.named_parameters(), config.train), run_folder, num_steps)
+    optimizer = build_optimizer(model.named_parameters(), config.train)
+    trainer = Trainer(config, model, optimizer, run_folder, num_steps, data_digest=digest(dataset.rows))
     torch.manual_seed(config.run.seed)  # what layers draw (drop path); a checkpoint puts back its own state
     trainer.resume()
     if trainer.progress.step < num_steps:
@@ -133,7 +134,7 @@ def _initial_model(config: PretrainConfig, tokenizer: Tokenizer) -> CobraVLM:
 def _dataset(config: PretrainConfig, tokenizer: Tokenizer, transform: Transform) -> ConversationDataset:
     """Read the data, making it first where that can be done, and check it."""
     annotations = Path(config.data.annotations)
-    if config.data.source == "easyvqa" and not annotations.exists():
+    if config.data.source == "easyvqa" and annotations.name == "train.json" and not annotations.exists():
         easyvqa.prepare(annotations.parent)
     dataset = ConversationDataset(
         read_rows(annotations),
@@ -151,20 +152,27 @@ def _dataset(config: PretrainConfig, tokenizer: Tokenizer, transform: Transform)
             "leave out the rows without image, or choose another stage."
         )
     dataset.check_images(decode=config.data.check == "decode")
+    if config.data.check == "decode":
+        dataset.check_labels()
     return dataset
 
 
 def _check_run_folder(run_folder: Path, config: PretrainConfig) -> None:
     """Refuse a run folder in which another config has been trained."""
-    file = run_folder / CONFIG_FILE
-    if checkpoint.latest(run_folder / "checkpoints") is None or not file.exists():
+    file, remedy = run_folder / CONFIG_FILE, "Choose another run.name, or delete the folder to start anew."
+    has_checkpoint = checkpoint.latest(run_folder / "checkpoints") is not None
+    if not has_checkpoint and not (run_folder / "model").exists():
         return  # nothing was trained here yet
     if config.resume == "never":
-        raise CheckpointError(f"{run_folder} exists and resume=never; choose another run.name or delete the folder.")
+        raise CheckpointError(f"{run_folder} holds a trained run and resume=never. {remedy}")
+    if not has_checkpoint:
+        raise CheckpointError(f"{run_folder} holds a finished model but no checkpoint to go on from. {remedy}")
+    if not file.exists():
+        raise CheckpointError(f"{run_folder} holds checkpoints but no {CONFIG_FILE} that says of what. {remedy}")
     try:
         found: dict[str, Any] = flatten(yaml.safe_load(file.read_text()))
     except (yaml.YAMLError, AttributeError):
-        raise CheckpointError(f"{file} is not a config; delete {run_folder} to start anew.") from None
+        raise CheckpointError(f"{file} is not a config. {remedy}") from None
     wanted = flatten(as_dict(config))
     different = [
         f"{key}: {found.get(key)} there, {wanted.get(key)} asked for"
@@ -172,7 +180,4 @@ def _check_run_folder(run_folder: Path, config: PretrainConfig) -> None:
         if found.get(key) != wanted.get(key) and not key.startswith(FREE_SETTINGS)
     ]
     if different:
-        raise CheckpointError(
-            f"{run_folder} belongs to a run with other settings ({'; '.join(different)}). "
-            "Choose another run.name, or delete the folder to start anew."
-        )
+        raise CheckpointError(f"{run_folder} belongs to a run with other settings ({'; '.join(different)}). {remedy}")

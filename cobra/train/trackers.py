@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -56,18 +57,19 @@ class WandbTracker:
         try:
             import wandb
         except ImportError:
-            raise ConfigError("tracker=wandb needs the package wandb: pip install 'cobra-vlm[wandb]'.") from None
+            raise ConfigError("tracker=wandb needs a package that is not installed: pip install wandb") from None
         mode = config.mode
         if mode == "auto":
             mode = "online" if wandb.api.api_key else "offline"
             if mode == "offline":
                 log.info("W&B: not logged in, writing offline to %s/wandb (`wandb sync` uploads it).", run_folder)
         name = settings["run"]["name"]
+        folder_hash = hashlib.sha256(str(run_folder.resolve()).encode()).hexdigest()[:8]  # two folders, two runs
         self._run = wandb.init(
             project=config.project,
             entity=config.entity,
             name=name,
-            id=name.replace("/", "-"),
+            id=f"{name.replace('/', '-')}-{folder_hash}",
             resume="allow",
             dir=run_folder,
             config=settings,

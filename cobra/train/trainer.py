@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from cobra.config import PretrainConfig
 from cobra.data.batch import Batch
-from cobra.errors import CobraError, Interrupted
+from cobra.errors import CheckpointError, CobraError, DataError, Interrupted
 from cobra.models.vlm import CobraVLM
 from cobra.runtime import peak_memory_gib
 from cobra.train import checkpoint
@@ -37,20 +38,28 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         run_folder: Path,
         num_steps: int,
+        *,
+        data_digest: str,
     ) -> None:
         self.config = config
         self.model, self.optimizer = model, optimizer
         self.run_folder = run_folder
         self.checkpoints = run_folder / "checkpoints"
         self.num_steps = num_steps
-        self.progress = Progress()
+        self.progress = Progress(data=data_digest)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def resume(self) -> None:
         """Go back to the newest checkpoint, if there is one."""
         newest = checkpoint.latest(self.checkpoints)
         if newest is not None:
-            self.progress = checkpoint.load(newest, self.model, self.optimizer)
+            progress = checkpoint.load(newest, self.model, self.optimizer)
+            if progress.data != self.progress.data:
+                raise CheckpointError(
+                    f"{newest} was trained on other rows than data.annotations holds now. Give it the same file, or "
+                    "choose another run.name."
+                )
+            self.progress = progress
             log.info("Resuming from %s.", newest)
 
     def fit(self, steps: Iterable[list[Batch]], trackers: list[Tracker]) -> None:
@@ -69,8 +78,9 @@ class Trainer:
             mininterval=0.5 if sys.stderr.isatty() else 15,
             bar_format="step {n_fmt}/{total_fmt} | {desc}{elapsed} gone, {remaining} left",
         )
-        self.model.train()
-        with bar, _stop_signals() as stop:
+        for part in self.model.children():
+            part.train(any(parameter.requires_grad for parameter in part.parameters()))  # frozen: no drop path
+        with bar, _stop_signals() as stop, self._saving_on_bad_data():
             for batches in steps:
                 loss, grad_norm = self._step(batches)
                 window.add(batches, loss)
@@ -81,9 +91,10 @@ class Trainer:
                         tracker.log(metrics)
                     bar.set_description_str(_line(metrics), refresh=False)
                 bar.update()
-                if self.progress.step % train.save_every == 0 or is_last or stop:
+                is_stopping = bool(stop)  # read once: a signal between save and raise counts for the next step
+                if self.progress.step % train.save_every == 0 or is_last or is_stopping:
                     self._save()
-                if stop and not is_last:
+                if is_stopping and not is_last:
                     raise Interrupted(
                         f"Stopped after step {self.progress.step} of {self.num_steps}; a checkpoint is saved. "
                         "The same command goes on from here."
@@ -95,6 +106,11 @@ class Trainer:
         train, step = self.config.train, self.progress.step
         device = self.model.device
         num_labels = sum(batch.num_labels for batch in batches)
+        if num_labels == 0:
+            raise DataError(
+                f"Step {step + 1}: no row of the batch has an answer within model.max_length="
+                f"{self.config.model.max_length} tokens; raise it, or find the rows with data.check=decode."
+            )
         loss = torch.zeros((), device=device)
         for batch in batches:
             batch = batch.to(device)
@@ -106,7 +122,7 @@ class Trainer:
                     image_index=batch.image_index,
                     lengths=batch.lengths,
                 )
-            part = output.loss_sum / max(1, num_labels)
+            part = output.loss_sum / num_labels
             part.backward()
             loss += part.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)
@@ -119,12 +135,23 @@ class Trainer:
             group["lr"] = learning_rate(step, self.num_steps, train)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.progress = Progress(
+        self.progress = replace(
+            self.progress,
             step=step + 1,
             tokens=self.progress.tokens + sum(_num_tokens(batch, self.model) for batch in batches),
             seconds=self.progress.seconds + time.perf_counter() - started,
         )
         return float(loss), float(grad_norm)
+
+    @contextmanager
+    def _saving_on_bad_data(self) -> Iterator[None]:
+        """Save before an image or row that turns out to be broken ends the run."""
+        try:
+            yield
+        except DataError:
+            if self.progress.step > 0:
+                self._save()
+            raise
 
     def _save(self) -> None:
         checkpoint.save(
@@ -178,13 +205,18 @@ def _line(metrics: dict[str, float]) -> str:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Yield a list that fills when SIGINT or SIGTERM arrives; a second one acts as usual, at once."""
-    received: list[int] = []
+def _stop_signals() -> Iterator[list[float]]:
+    """Yield a list that fills when SIGINT or SIGTERM arrives; another one after two seconds acts as usual, at once."""
+    received: list[float] = []
 
     def receive(number: int, _frame: object) -> None:
-        received.append(number)
-        signal.signal(number, before[signal.Signals(number)])
+        now = time.monotonic()
+        if not received:
+            log.info("Stopping after this step; Ctrl-C once more, in two seconds or later, stops at once.")
+        elif now - received[0] > 2:  # launchers often pass a signal on that the terminal has sent as well
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
+        received.append(now)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

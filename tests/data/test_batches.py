@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from cobra.data import easyvqa
 from cobra.data.batch import Batch, Example, collate
 from cobra.data.conversations import ConversationDataset, read_rows
 from cobra.data.loader import iterate
 from cobra.data.sampler import UnitSampler
+from cobra.errors import DataError
 from cobra.models.image import ImageTransform
 from cobra.text.prompt import IGNORE_INDEX, prompt_format
 from cobra.text.tokenizer import Tokenizer
@@ -172,6 +174,13 @@ def test_easyvqa_is_complete(easyvqa_folder: Path, split: str, num_images: int, 
     assert len(images) == num_images
     answers = {row.turns[0][1] for row in rows}
     assert {"Yes", "No", "circle"} < answers and not {"yes", "no"} & answers
+
+
+def test_easyvqa_leaves_a_foreign_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(DataError, match="is not empty and holds no easy-VQA"):
+        easyvqa.prepare(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_easyvqa_is_made_once(easyvqa_folder: Path) -> None:

@@ -64,6 +64,14 @@ def test_second_evaluation_asks_nothing(folder: Path, command: Callable[..., lis
         assert after[key] == before[key]
 
 
+def test_limit_takes_answers_that_are_there(folder: Path, command: Callable[..., list[str]]) -> None:
+    target = folder / "nested"
+    for limit in (300, 200, 400):
+        arguments = command("evaluate", *EVALUATE, f"limit={limit}", f"output={target}")
+        subprocess.run(arguments, cwd=folder, check=True, capture_output=True)
+    assert results(target)["asked_now"] == 100 and results(target)["num_questions"] == 400
+
+
 def test_killed_evaluation_goes_on_to_the_same_predictions(folder: Path, command: Callable[..., list[str]]) -> None:
     target = folder / "killed"
     arguments = command("evaluate", *EVALUATE, f"output={target}", "batch_size=10")

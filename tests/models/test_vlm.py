@@ -161,7 +161,7 @@ def test_every_projector_reads_and_learns(tiny_config, kind: str) -> None:
 
 def test_shapes_that_do_not_fit_are_refused(small_model: CobraVLM) -> None:
     (ids, labels), pixels = random_rows(3), random_images(2)
-    with pytest.raises(ShapeError, match="3 rows but pixels has 2 images"):
+    with pytest.raises(ShapeError, match="3 rows but there are images for 2"):
         small_model(ids, pixels=pixels)
     with pytest.raises(ShapeError, match="labels"):
         small_model(ids, labels=labels[:, :-1])

@@ -52,6 +52,20 @@ def test_model_folder_stands_for_itself(folder: Path) -> None:
     assert sorted(path.name for path in folder.parent.iterdir()) == ["model"]  # nothing temporary is left
 
 
+def test_model_folder_cannot_point_outside(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["llm"]["tokenizer"] = "/etc/passwd"
+    config["vision"]["towers"][0]["weights"] = "timm"  # would download
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_model_folder(folder).config.llm.tokenizer == "tokenizer.json"
+    for hostile in ({"args": {"checkpoint_path": "/etc/passwd"}}, {"timm": "hf-hub:somebody/something"}):
+        bad = json.loads(json.dumps(config))
+        bad["vision"]["towers"][0] |= hostile
+        (folder / "config.json").write_text(json.dumps(bad))
+        with pytest.raises(CheckpointError, match=r"model\.vision\.towers"):
+            load_model_folder(folder)
+
+
 def test_wrong_keys_are_all_named_in_one_error(folder: Path) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         del tensors[NORM]

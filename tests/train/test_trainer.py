@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -117,8 +118,12 @@ def test_bf16_trains_with_float32_weights(fit: Fit) -> None:
     assert losses(run) == pytest.approx(expected, rel=0.1)  # 8 bits of mantissa, over 12 updates
 
 
-def test_resumed_run_equals_uninterrupted(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = fit("run.name=whole")
+@pytest.mark.parametrize("stage", ["align", "finetune", "full-finetune"])
+def test_resumed_run_equals_uninterrupted(fit: Fit, monkeypatch: pytest.MonkeyPatch, small_data, stage: str) -> None:
+    options = [f"train.stage={stage}"]
+    if stage == "align":  # image rows only
+        options.append(f"data.annotations={small_data.captions}")
+    whole = fit("run.name=whole", *options)
     calls = []
 
     def save(*args: Any, **kwargs: Any) -> None:
@@ -130,9 +135,9 @@ def test_resumed_run_equals_uninterrupted(fit: Fit, monkeypatch: pytest.MonkeyPa
     real = checkpoint.save
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(KeyboardInterrupt):
-        fit("run.name=cut")
+        fit("run.name=cut", *options)
     monkeypatch.setattr(checkpoint, "save", real)
-    cut = fit("run.name=cut", "train.num_workers=1")  # workers may differ
+    cut = fit("run.name=cut", "train.num_workers=1", *options)  # workers may differ
     assert_equal(weights(cut), weights(whole))
     assert losses(cut) == losses(whole)
     assert len(calls) == 2
@@ -317,11 +322,46 @@ class TestRunFolder:
         with pytest.raises(CheckpointError, match="resume=never"):
             fit("train.max_steps=1", "resume=never")
 
+    def test_finished_model_without_checkpoints_is_not_trained_over(self, fit: Fit) -> None:
+        run = fit("train.max_steps=1")
+        before = (run / "model" / "model.safetensors").read_bytes()
+        shutil.rmtree(run / "checkpoints")
+        for overrides in (["train.max_steps=1"], ["train.max_steps=2"], ["resume=never"]):
+            with pytest.raises(CheckpointError, match="holds a"):
+                fit(*overrides)
+        assert (run / "model" / "model.safetensors").read_bytes() == before
+
+    def test_other_rows_are_refused(self, fit: Fit, small_data) -> None:
+        fit("train.max_steps=1")
+        with pytest.raises(CheckpointError, match="trained on other rows"):
+            fit("train.max_steps=1", f"data.annotations={small_data.captions}")
+
     def test_unreadable_config_is_named(self, fit: Fit) -> None:
         run = fit("train.max_steps=1")
         (run / "config.yaml").write_text("just text")
         with pytest.raises(CheckpointError, match="is not a config"):
             fit("train.max_steps=1")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_image_broken_mid_run_saves_and_is_named(fit: Fit, small_data, tmp_path: Path, num_workers: int) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(small_data.images, images)
+    (images / "7.png").write_bytes(b"not a picture")
+    options = [f"data.images={images}", "data.check=exists", f"train.num_workers={num_workers}", "run.name=broken"]
+    with pytest.raises(DataError, match=r"^The image \S*7\.png does not decode[^\n]*$"):
+        fit(*options)
+    run = tmp_path / "runs" / "broken"
+    done = len(losses(run))
+    newest = checkpoint.latest(run / "checkpoints")
+    assert done == 0 or (newest is not None and newest.name == f"step-{done:06d}")
+
+
+def test_rows_cut_before_their_answer_are_named(fit: Fit, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"rows have no answer within model\.max_length=4 tokens"):
+        fit("model.max_length=4")
+    with pytest.raises(DataError, match="no row of the batch has an answer"):
+        fit("model.max_length=1", "data.check=exists")
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,16 @@ from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
 from numba.extending import intrinsic, models, overload, register_model
 
+
+def _has_avx512() -> bool:
+    try:
+        return bool(get_host_cpu_features().get("avx512f"))
+    except RuntimeError:  # LLVM cannot tell on this machine
+        return False
+
+
 # Channels per vector, several registers' worth: independent work that hides the latency of the recurrence. Measured.
-LANES = 64 if get_host_cpu_features().get("avx512f") else 32
+LANES = 64 if _has_avx512() else 32
 
 LOG2_E = 1.4426950408889634
 
