@@ -40,9 +40,12 @@ class MambaState:
         return self.ssm[0].shape[0]
 
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> MambaState:
-        """Select, repeat or reorder rows: an index tensor, a slice or a list of row numbers."""
-        index = rows if isinstance(rows, (slice, Tensor)) else torch.as_tensor(rows, device=self.ssm[0].device)
-        return MambaState([t[index] for t in self.conv], [t[index] for t in self.ssm])
+        """Select, repeat or reorder rows: an int64 index tensor, a slice or a list of row numbers."""
+        if isinstance(rows, slice):
+            return MambaState([t[rows] for t in self.conv], [t[rows] for t in self.ssm])
+        index = torch.as_tensor(rows, device=self.ssm[0].device)
+        # Not t[index]: its gradient adds up repeated rows in any order, and a run could not be repeated bit for bit.
+        return MambaState([t.index_select(0, index) for t in self.conv], [t.index_select(0, index) for t in self.ssm])
 
     @staticmethod
     def concat(states: Sequence[MambaState]) -> MambaState:

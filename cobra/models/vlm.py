@@ -134,7 +134,7 @@ class CobraVLM(nn.Module):
                 raise ShapeError(f"labels {list(labels.shape)} and input_ids {list(input_ids.shape)} differ in shape.")
             last = None if prefix is None else prefix[:, -1:]  # [I, 1, D], predicts the first text token
             if last is not None and image_index is not None:
-                last = last[image_index]
+                last = last.index_select(0, image_index)  # with repeatable gradients, see MambaState
             loss_sum, num_labels = self._loss(last, text, labels)
         return CobraOutput(
             text=text,

@@ -390,3 +390,12 @@ def test_wandb_works_offline(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     run = fit("tracker=wandb", "tracker.wandb.mode=offline", "train.max_steps=2")
     assert list(run.glob("wandb/offline-run-*/*.wandb"))
     assert len(losses(run)) == 2
+
+
+def test_same_run_twice_gives_the_same_bits(tiny_config, small_run: list[str]) -> None:
+    """At the tiny model's own size: large enough for every operation to use several threads."""
+    overrides = [o for o in small_run if not o.startswith(("model.llm", "train.global", "train.per_device"))]
+    overrides += ["data.rows_per_image=3", "train.global_batch_size=24", "train.per_device_batch_size=24"]
+    runs = [pretrain(tiny_config(*overrides, "train.max_steps=8", f"run.name=take-{take}")) for take in range(2)]
+    assert losses(runs[0]) == losses(runs[1])
+    assert_equal(weights(runs[1]), weights(runs[0]))
