@@ -196,7 +196,6 @@ def backward(
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = channel < dim
     n = tl.arange(0, N)
-    real = n < STATE
     begin, end = _range(lengths, row, length, chunk)
     at_chunk = row * tl.num_programs(0) + tl.program_id(0)
     a = load_tile(A, n, A_state, STATE, channel, A_channel, dim).to(acc)
@@ -223,7 +222,7 @@ def backward(
             store_tile(scratch + (t // SUB) * STATE * dim, h, n, STATE, channel, dim)
         dt = _step_size(tl.load(delta + t * delta_step, mask=inside, other=0.0).to(acc), bias_vector, SOFTPLUS)
         x = dt * tl.load(u + t * u_step, mask=inside, other=0.0).to(acc)
-        b = tl.load(B + t * B_step, mask=real, other=0.0).to(acc)
+        b = tl.load(B + t * B_step, mask=n < STATE, other=0.0).to(acc)
         h = tl.exp(dt[None, :] * a) * h + x[None, :] * b[:, None]
     tl.debug_barrier()  # another thread of this program may read back what this one wrote
 
@@ -239,21 +238,24 @@ def backward(
         states = (load_tile(scratch + (first // SUB) * STATE * dim, n, dim, STATE, channel, 1, dim),)
         for k in tl.static_range(SUB):
             t = first + k
-            live = inside & (t < end)
+            # Behind the end no channel is live: everything loaded is zero, and so is the step, which changes nothing.
+            live = channel < tl.where(t < end, dim, 0)
+            live_n = n < tl.where(t < end, STATE, 0)
             dt = _step_size(tl.load(delta + t * delta_step, mask=live, other=0.0).to(acc), bias_vector, SOFTPLUS)
+            dt = tl.where(live, dt, 0.0)
             x = dt * tl.load(u + t * u_step, mask=live, other=0.0).to(acc)
-            b = tl.load(B + t * B_step, mask=real & (t < end), other=0.0).to(acc)
+            b = tl.load(B + t * B_step, mask=live_n, other=0.0).to(acc)
             states = states + (tl.exp(dt[None, :] * a) * states[k] + x[None, :] * b[:, None],)  # noqa: RUF005
         for j in tl.static_range(SUB):
             k: tl.constexpr = SUB - 1 - j
             t = first + k
-            # Behind the end everything loaded is zero; so is the step, which leaves dh as it is.
-            live = inside & (t < end)
+            live = channel < tl.where(t < end, dim, 0)
+            live_n = n < tl.where(t < end, STATE, 0)
             raw = tl.load(delta + t * delta_step, mask=live, other=0.0).to(acc)
-            dt = tl.where(t < end, _step_size(raw, bias_vector, SOFTPLUS), 0.0)
+            dt = tl.where(live, _step_size(raw, bias_vector, SOFTPLUS), 0.0)
             u_t = tl.load(u + t * u_step, mask=live, other=0.0).to(acc)
-            b = tl.load(B + t * B_step, mask=real & (t < end), other=0.0).to(acc)
-            c = tl.load(C + t * C_step, mask=real & (t < end), other=0.0).to(acc)
+            b = tl.load(B + t * B_step, mask=live_n, other=0.0).to(acc)
+            c = tl.load(C + t * C_step, mask=live_n, other=0.0).to(acc)
             gradient = tl.load(dy + t * dy_step, mask=live, other=0.0).to(acc)
             if z is not None:
                 gate = tl.load(z + t * z_step, mask=live, other=0.0).to(acc)
@@ -263,8 +265,8 @@ def backward(
                 gradient *= gate * s
             dh += gradient[None, :] * c[:, None]
             out = partial + t * STATE
-            tl.store(dC + out, tl.sum(states[k + 1] * gradient[None, :], 1), mask=real & (t < end))
-            tl.store(dB + out, tl.sum(dh * (dt * u_t)[None, :], 1), mask=real & (t < end))
+            tl.store(dC + out, tl.sum(states[k + 1] * gradient[None, :], 1), mask=live_n)
+            tl.store(dB + out, tl.sum(dh * (dt * u_t)[None, :], 1), mask=live_n)
             dx = tl.sum(dh * b[:, None], 0)
             dh *= tl.exp(dt[None, :] * a)
             through_decay = dh * states[k]
@@ -272,7 +274,7 @@ def backward(
             ddt = tl.sum(through_decay * a, 0) + dx * u_t
             if SOFTPLUS:
                 ddt *= sigmoid(raw + bias_vector)
-            ddt = tl.where(t < end, ddt, 0.0)
+            ddt = tl.where(live, ddt, 0.0)
             dbias_vector += ddt
             dD_vector += gradient * u_t
             tl.store(ddelta + t * dim, ddt, mask=live)
