@@ -246,8 +246,7 @@ def backward(
             x = dt * tl.load(u + t * u_step, mask=live, other=0.0).to(acc)
             b = tl.load(B + t * B_step, mask=live_n, other=0.0).to(acc)
             states = states + (tl.exp(dt[None, :] * a) * states[k] + x[None, :] * b[:, None],)  # noqa: RUF005
-        for j in tl.static_range(SUB):
-            k: tl.constexpr = SUB - 1 - j
+        for k in tl.static_range(SUB - 1, -1, -1):
             t = first + k
             live = channel < tl.where(t < end, dim, 0)
             live_n = n < tl.where(t < end, STATE, 0)
