@@ -31,6 +31,7 @@ SHAPES = [  # batch, length, dim, state; 63 and 100 are not multiples of any chu
 def test_scan_matches_definition(backend: Backend, shape, dtype, optional):
     backend.skip_unless_supported(dtype)
     batch, length, dim, state = shape
+    backend.skip_if_slow(batch * length)
     arguments = scan_arguments(batch, length, dim, state, dtype=dtype, optional=optional, initial=optional)
     if not optional:  # a bare step size must be positive
         arguments["delta"] = arguments["delta"].abs() * 0.5
@@ -187,6 +188,7 @@ def test_scan_reads_strided_views(backend: Backend):
 
 
 def test_scan_repeats_bit_for_bit(backend: Backend):
+    backend.skip_if_slow(4 * 200)
     arguments = scan_arguments(4, 200, 300, 16)  # large enough for several threads
     function = backend.function("selective_scan")
     first = run_with_gradients(function, arguments, backend.device, delta_softplus=True)

@@ -33,7 +33,7 @@ from . import scan_kernels as kernels
 from .launch import compute_dtype, launch, rows, strided, zeros_behind
 
 BLOCK_D = 32  # channels of a program: one warp's lanes
-SUB = 8  # states held in registers in the backward pass
+SUB = 4  # states held in registers in the backward pass; with N = 16, more of them spill
 MIN_CHUNK = 32
 PROGRAMS = 2048  # about what a large GPU needs in flight to hide latencies: 16 warps on each of 132 multiprocessors
 
