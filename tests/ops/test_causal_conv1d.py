@@ -42,6 +42,7 @@ def test_conv_matches_definition(backend: Backend, shape, dtype, optional):
 
 def test_conv_gradients_are_the_derivatives(any_backend: Backend):
     any_backend.skip_unless_supported(torch.float64)
+    any_backend.skip_if_slow(100 * 3 * 6)  # numerical derivatives take about 100 calls
     arguments = conv_arguments(3, 6, 2, 4, dtype=torch.float64)
     leaves = [t.to(any_backend.device).requires_grad_() for t in arguments.values()]
     lengths = torch.tensor([6, 4, 1], device=any_backend.device)

@@ -72,6 +72,7 @@ def test_scan_matches_definition_for_any_shape(batch, length, dim, state, data):
 
 def test_scan_gradients_are_the_derivatives(any_backend: Backend):
     any_backend.skip_unless_supported(torch.float64)
+    any_backend.skip_if_slow(100 * 2 * 5)  # numerical derivatives take about 100 calls
     arguments = scan_arguments(2, 5, 3, 2, dtype=torch.float64)
     leaves = [t.to(any_backend.device).requires_grad_() for t in arguments.values()]
     lengths = torch.tensor([5, 3], device=any_backend.device)
@@ -154,6 +155,7 @@ def test_scan_of_a_padded_batch_is_each_row_alone(any_backend: Backend):
 
 
 def test_scan_ignores_whatever_stands_in_the_padding(any_backend: Backend):
+    any_backend.skip_if_slow(2 * 40)
     clean = scan_arguments(2, 40, 40, 16)
     junk = {name: t.clone() for name, t in clean.items()}
     for name in ("u", "delta", "B", "C", "z"):

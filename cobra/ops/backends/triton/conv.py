@@ -65,7 +65,9 @@ def _forward(
         initial += row * (WIDTH - 1) * dim
     value = _before_silu(x + row * x_row, x_step, initial, weight, bias, t, end, channel, inside, dim, WIDTH, ACC)
     value = tl.where((t < end)[:, None], value * sigmoid(value), 0.0)
-    tl.store(y + (row * length + t[:, None]) * dim + channel[None, :], value, mask=(t < length)[:, None] & inside[None, :])
+    tl.store(
+        y + (row * length + t[:, None]) * dim + channel[None, :], value, mask=(t < length)[:, None] & inside[None, :]
+    )
 
 
 @triton.jit

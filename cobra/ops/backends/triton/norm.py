@@ -18,7 +18,9 @@ PROGRAMS = 512  # of the backward pass at most: each sums the weight's gradient 
 
 # EPS is a constant of the compiled kernel: an argument would be rounded to float32 where sums are float64.
 @triton.jit
-def _forward(x, x_row, residual, residual_row, weight, normed, sums, scales, dim, EPS: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(
+    x, x_row, residual, residual_row, weight, normed, sums, scales, dim, EPS: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < dim
@@ -95,6 +97,8 @@ class _AddRmsNorm(torch.autograd.Function):
         sums, scales, weight = ctx.saved_tensors
         x_dtype, residual_dtype = ctx.dtypes
         if dnormed is None:
+            if dsums is None:
+                return None, None, None, None
             return dsums.to(x_dtype), None if residual_dtype is None else dsums.to(residual_dtype), None, None
         dim, num_rows = sums.shape[-1], scales.numel()
         group = -(-num_rows // PROGRAMS)
