@@ -7,9 +7,9 @@ A backend is a module or package in that folder whose name does not start with a
     available() -> str | None           None if it can run on this machine, else what to install
     supports(device, dtype) -> str | None   None if it takes such tensors, else why not
 
-and any of the five functions of `cobra.ops`; those it lacks come from the reference. Where its optional
-`ONLY_BY_NAME`, a tuple of device types, lists the tensors' device, it is never chosen unless asked for. Importing it must be cheap:
-what it needs is imported when a function is first taken from it.
+and any of the five functions of `cobra.ops`; those it lacks come from the reference. It may also define `ONLY_BY_NAME`,
+a tuple of device types for whose tensors it is never chosen unless asked for. Importing it must be cheap: what it needs
+is imported when a function is first taken from it.
 """
 
 import importlib

@@ -6,7 +6,8 @@ cache. The backward pass recomputes the value before the SiLU wherever an input 
 Bytes that must move per element, 2-byte dtypes: forward 2 + 2, backward 4 + 2. FLOPs: 2 width + 5 forward, about
 2 width^2 + 20 backward. Bound by memory. Speed on a GPU has not been measured yet.
 """
-# pyright: reportIndexIssue=false, reportOptionalOperand=false  (kernels: pointers are typed as what Python passes)
+# Triton compiles loops that pyright takes for Python's.
+# pyright: reportGeneralTypeIssues=false
 
 import torch
 import triton
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .functions import sigmoid, silu_slope
-from .launch import compute_dtype, launch, rows, strided
+from .launch import compute_dtype, launch, rows, strided, sum_partial
 
 BLOCK_T, BLOCK_D = 32, 64
 
@@ -143,8 +144,7 @@ class _CausalConv1d(torch.autograd.Function):
             _backward, grid, *strided(x), initial, weight, bias, lengths, *strided(rows(dy)), dx, dinitial,
             dweight, dbias, length, dim, on=x, **_constants(x, width),
         )  # fmt: skip
-        dbias = None if dbias is None else dbias.sum((0, 1)).to(bias.dtype)
-        return dx, dweight.sum((0, 1)).to(weight.dtype), dbias, None, dinitial
+        return dx, sum_partial(dweight, (0, 1), weight), sum_partial(dbias, (0, 1), bias), None, dinitial
 
 
 def _last_inputs(x: Tensor, width: int, lengths: Tensor | None, initial: Tensor | None) -> Tensor:

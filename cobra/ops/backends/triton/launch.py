@@ -26,6 +26,11 @@ def zeros_behind(lengths: Tensor | None, like: Tensor, shape: tuple[int, ...], d
     return like.new_empty(shape, dtype=dtype) if lengths is None else like.new_zeros(shape, dtype=dtype)
 
 
+def sum_partial(partial: Tensor | None, axes: int | tuple[int, ...], like: Tensor | None) -> Tensor | None:
+    """The gradient of `like` from the sums that programs left of it; None where there is none."""
+    return None if partial is None or like is None else partial.sum(axes).to(like.dtype)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, on: Tensor, **constants: Any) -> None:
     """Run a kernel on the device of the tensor `on`, which need not be the current one."""
     with torch.cuda.device_of(on):

@@ -3,7 +3,6 @@
 Bytes that must move per row of `dim` channels (2-byte x, 4-byte residual): forward 2 + 4 in, 2 + 4 out; backward reads
 2 + 4 + 4 and writes 2 + 4. About 5 and 12 FLOPs per element: bound by memory. Speed on a GPU has not been measured yet.
 """
-# pyright: reportIndexIssue=false, reportOptionalOperand=false  (kernels: pointers are typed as what Python passes)
 
 import torch
 import triton

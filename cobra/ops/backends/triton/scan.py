@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import scan_kernels as kernels
-from .launch import compute_dtype, launch, rows, strided, zeros_behind
+from .launch import compute_dtype, launch, rows, strided, sum_partial, zeros_behind
 
 BLOCK_D = 32  # channels of a program: one warp's lanes
 SUB = 4  # states held in registers in the backward pass; with N = 16, more of them spill
@@ -134,9 +134,8 @@ class _SelectiveScan(torch.autograd.Function):
             du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial, length, dim, chunk, on=u, SUB=SUB, **constants,
         )  # fmt: skip
         return (
-            du, ddelta, dA.sum((0, 1)).t().to(A.dtype), dB.sum(1).to(B.dtype), dC.sum(1).to(C.dtype),
-            None if dD is None else dD.sum((0, 1)).to(D.dtype), dz,
-            None if dbias is None else dbias.sum((0, 1)).to(bias.dtype), None, None, dinitial,
+            du, ddelta, dA.sum((0, 1)).t().to(A.dtype), sum_partial(dB, 1, B), sum_partial(dC, 1, C),
+            sum_partial(dD, (0, 1), D), dz, sum_partial(dbias, (0, 1), bias), None, None, dinitial,
         )  # fmt: skip
 
 

@@ -7,7 +7,8 @@ what is added is zero in A, B, C and h and stays zero. Time indices are int64: o
 
 Tensors named without strides are contiguous: states and starts [batch, chunks, state, dim], sums [batch, chunks, dim].
 """
-# pyright: reportIndexIssue=false, reportOptionalOperand=false  (kernels: pointers are typed as what Python passes)
+# Triton compiles loops and constants that pyright takes for Python's.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
