@@ -92,6 +92,18 @@ def test_conv_of_several_tiles_matches_definition(backend: Backend, length, dtyp
     assert_all_close(actual, expected, TOLERANCE[dtype])
 
 
+def test_compiled_caller_gets_the_same_numbers(backend: Backend):
+    function, arguments = backend.function("selective_scan"), scan_arguments(1, 4, 5, 16)
+
+    def call(**tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, final_state = function(**tensors, delta_softplus=True)
+        return 2 * y, final_state
+
+    expected = run_with_gradients(call, arguments, backend.device)
+    actual = run_with_gradients(torch.compile(call, backend="aot_eager"), arguments, backend.device)
+    assert_all_close(actual, expected, TOLERANCE[torch.float32])
+
+
 def test_chunks_fill_the_gpu_and_no_more():
     pytest.importorskip("triton")
     scan = importlib.import_module(f"{PACKAGE}.scan")
