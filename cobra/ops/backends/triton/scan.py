@@ -16,12 +16,13 @@ Cost, L steps, D channels, N states, chunks of T steps, per row of the batch, e 
     forward       moves (4 e L D) + 2 e L N, several chunks 2 e L D + 12 L D N / T more
     backward      moves (7 e L D) + scratch 8 L D N / SUB + partial dB, dC 16 L N D / BLOCK_D;
                   several chunks 3 e L D + 12 L D N / T more
-    between them  4 L D N / T bytes are kept beside the inputs; with one chunk only the initial state
+    memory        from forward to backward 4 L D N / T bytes beside the inputs, with one chunk only the initial state;
+                  within the backward pass 4 L D N / SUB of scratch and 8 L N D / BLOCK_D of partial sums
     arithmetic    per step, channel and state about 1 exp + 6 FLOPs in each pass over the recurrence: forward 1 pass (2
                   with several chunks), backward 2 passes and one of 1 exp + 14 FLOPs (one pass more with several)
 
 Exponentials, 16 per cycle and multiprocessor, and not bytes should bound it from N = 8 on. Speed on a GPU has not been
-measured yet, and BLOCK_D, SUB, MIN_CHUNK and PROGRAMS are estimates.
+measured yet: BLOCK_D, MIN_CHUNK and PROGRAMS are estimates, and SUB is what the compiler for sm_90 fits into registers.
 """
 
 import torch
@@ -33,7 +34,7 @@ from . import scan_kernels as kernels
 from .launch import compute_dtype, launch, rows, strided, sum_partial, zeros_behind
 
 BLOCK_D = 32  # channels of a program: one warp's lanes
-SUB = 4  # states held in registers in the backward pass; with N = 16, more of them spill
+SUB = 4  # states held in registers in the backward pass; with N = 16, 8 of them spill
 MIN_CHUNK = 32
 PROGRAMS = 2048  # about what a large GPU needs in flight to hide latencies: 16 warps on each of 132 multiprocessors
 
