@@ -7,8 +7,9 @@ A backend is a module or package in that folder whose name does not start with a
     available() -> str | None           None if it can run on this machine, else what to install
     supports(device, dtype) -> str | None   None if it takes such tensors, else why not
 
-and any of the five functions of `cobra.ops`; those it lacks come from the reference. Importing it must be cheap:
-what it needs is imported when a function is first taken from it.
+and any of the five functions of `cobra.ops`; those it lacks come from the reference. It may also define `ONLY_BY_NAME`,
+a tuple of device types for whose tensors it is never chosen unless asked for. Importing it must be cheap: what it needs
+is imported when a function is first taken from it.
 """
 
 import importlib
@@ -90,7 +91,8 @@ def choose(device_type: str, dtype: torch.dtype, name: str | None) -> tuple[Modu
             raise BackendError(f"The ops backend {name!r} does not take {dtype} on {device_type}: {refusal}.")
         reason = "asked for by name"
     else:
-        fitting = [module for module in discover().values() if module.supports(device, dtype) is None]
+        offered = [module for module in discover().values() if device_type not in getattr(module, "ONLY_BY_NAME", ())]
+        fitting = [module for module in offered if module.supports(device, dtype) is None]
         missing = {module.NAME: reason for module in fitting if (reason := module.available()) is not None}
         module = next(module for module in fitting if module.NAME not in missing)
         if module is reference and missing:

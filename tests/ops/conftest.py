@@ -1,4 +1,7 @@
-"""Fixtures that run a test once per backend that can run here."""
+"""Fixtures that run a test once per backend that can run here.
+
+Triton's kernels run on a GPU, or through its interpreter in a process of their own, see `test_triton.py`.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,11 +27,17 @@ class Backend:
         if reason is not None:
             pytest.skip(reason)
 
+    def skip_if_slow(self, steps: int) -> None:
+        """Skip what would take long, counted in steps of all rows, where kernels are interpreted, not compiled."""
+        if steps > 20 and self.module.NAME == "triton" and self.device.type == "cpu":
+            pytest.skip("too slow in Triton's interpreter; test_triton.py has smaller cases")
+
     def function(self, name: str) -> Callable:
         return getattr(self.module, name, None) or getattr(reference, name)
 
 
-def _backend(name: str) -> Backend:
+def make_backend(name: str) -> Backend:
+    """The backend of this name and the device to test it on; skips the test if there is none."""
     module = dispatch.discover()[name]
     reason = module.available()
     if reason is not None:
@@ -41,12 +50,12 @@ def _backend(name: str) -> Backend:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Backend:
-    return _backend(request.param)
+    return make_backend(request.param)
 
 
 @pytest.fixture(params=[*BACKENDS, "reference"])
 def any_backend(request: pytest.FixtureRequest) -> Backend:
-    return _backend(request.param)
+    return make_backend(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -32,6 +32,7 @@ def test_definition_matches_pytorch():
 def test_conv_matches_definition(backend: Backend, shape, dtype, optional):
     backend.skip_unless_supported(dtype)
     batch, length, dim, width = shape
+    backend.skip_if_slow(batch * length)
     arguments = conv_arguments(batch, length, dim, width, dtype=dtype, bias=optional, initial=optional)
     options = {"lengths": (length - torch.arange(batch) * 62).clamp(min=0) if optional else None}
     actual = run_with_gradients(backend.function("causal_conv1d"), arguments, backend.device, **options)
@@ -41,6 +42,7 @@ def test_conv_matches_definition(backend: Backend, shape, dtype, optional):
 
 def test_conv_gradients_are_the_derivatives(any_backend: Backend):
     any_backend.skip_unless_supported(torch.float64)
+    any_backend.skip_if_slow(100 * 3 * 6)  # numerical derivatives take about 100 calls
     arguments = conv_arguments(3, 6, 2, 4, dtype=torch.float64)
     leaves = [t.to(any_backend.device).requires_grad_() for t in arguments.values()]
     lengths = torch.tensor([6, 4, 1], device=any_backend.device)
@@ -119,6 +121,7 @@ def test_conv_reads_strided_views(backend: Backend):
 
 
 def test_conv_repeats_bit_for_bit(backend: Backend):
+    backend.skip_if_slow(4 * 300)
     arguments = conv_arguments(4, 300, 300, 4)
     first = run_with_gradients(backend.function("causal_conv1d"), arguments, backend.device)
     for _ in range(3):

@@ -31,6 +31,7 @@ SHAPES = [  # batch, length, dim, state; 63 and 100 are not multiples of any chu
 def test_scan_matches_definition(backend: Backend, shape, dtype, optional):
     backend.skip_unless_supported(dtype)
     batch, length, dim, state = shape
+    backend.skip_if_slow(batch * length)
     arguments = scan_arguments(batch, length, dim, state, dtype=dtype, optional=optional, initial=optional)
     if not optional:  # a bare step size must be positive
         arguments["delta"] = arguments["delta"].abs() * 0.5
@@ -71,6 +72,7 @@ def test_scan_matches_definition_for_any_shape(batch, length, dim, state, data):
 
 def test_scan_gradients_are_the_derivatives(any_backend: Backend):
     any_backend.skip_unless_supported(torch.float64)
+    any_backend.skip_if_slow(100 * 2 * 5)  # numerical derivatives take about 100 calls
     arguments = scan_arguments(2, 5, 3, 2, dtype=torch.float64)
     leaves = [t.to(any_backend.device).requires_grad_() for t in arguments.values()]
     lengths = torch.tensor([5, 3], device=any_backend.device)
@@ -153,6 +155,7 @@ def test_scan_of_a_padded_batch_is_each_row_alone(any_backend: Backend):
 
 
 def test_scan_ignores_whatever_stands_in_the_padding(any_backend: Backend):
+    any_backend.skip_if_slow(2 * 40)
     clean = scan_arguments(2, 40, 40, 16)
     junk = {name: t.clone() for name, t in clean.items()}
     for name in ("u", "delta", "B", "C", "z"):
@@ -187,6 +190,7 @@ def test_scan_reads_strided_views(backend: Backend):
 
 
 def test_scan_repeats_bit_for_bit(backend: Backend):
+    backend.skip_if_slow(4 * 200)
     arguments = scan_arguments(4, 200, 300, 16)  # large enough for several threads
     function = backend.function("selective_scan")
     first = run_with_gradients(function, arguments, backend.device, delta_softplus=True)

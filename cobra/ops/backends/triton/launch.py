@@ -1,0 +1,40 @@
+"""What every kernel launch here needs: dtypes, strides, and the device that the tensors are on."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that an operation on this tensor computes in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last axis is contiguous, else a copy of which that is true."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def strided(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """A [batch, length, channels] tensor as kernels take it: pointer, stride of a row, stride of a step."""
+    return (None, 0, 0) if tensor is None else (tensor, tensor.stride(0), tensor.stride(1))
+
+
+def zeros_behind(lengths: Tensor | None, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An output: kernels leave what lies behind `lengths` as it is, so there it must be zero from the start."""
+    return like.new_empty(shape, dtype=dtype) if lengths is None else like.new_zeros(shape, dtype=dtype)
+
+
+def sum_partial(partial: Tensor | None, axes: int | tuple[int, ...], like: Tensor | None) -> Tensor | None:
+    """The gradient of `like` from the sums that programs left of it; None where there is none."""
+    return None if partial is None or like is None else partial.sum(axes).to(like.dtype)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, on: Tensor, **constants: Any) -> None:
+    """Run a kernel on the device of the tensor `on`, which need not be the current one."""
+    with torch.cuda.device_of(on):
+        kernel[grid](*arguments, **constants)
+
+
+launch: Any = torch.compiler.disable(_launch)  # torch.compile leaves it as it is, rather than tracing into Triton
