@@ -11,7 +11,8 @@ from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import compute_dtype, flat, flat_lengths, rows, strided, sum_partial
+from .._shared import compute_dtype, last_inputs, rows
+from .layout import flat, flat_lengths, strided, sum_partial
 from .threads import run
 from .vector import LANES, load, load_some, sigmoid, store, store_some, work_array, zeros
 
@@ -152,20 +153,6 @@ class _CausalConv1d(torch.autograd.Function):
         return dx, sum_partial(dweight, 0), None if bias is None else sum_partial(dbias, 0), None, dinitial
 
 
-def _last_inputs(x: Tensor, width: int, lengths: Tensor | None, initial: Tensor | None) -> Tensor:
-    """The last `width - 1` inputs at each row's own end; plain operations, so autograd knows their gradient."""
-    batch, length, dim = x.shape
-    if lengths is None and length >= width - 1:
-        return x[:, length - width + 1 :].clone()  # a view would keep all of x alive
-    if initial is None:
-        initial = x.new_zeros(batch, width - 1, dim)
-    ends = torch.full((batch,), length) if lengths is None else lengths.clamp(0, length)
-    at = (ends[:, None] + torch.arange(1 - width, 0))[..., None]  # [batch, width - 1, 1], negative before the start
-    inside = x.gather(1, at.clamp(min=0).expand(-1, -1, dim))
-    outside = initial.to(x.dtype).gather(1, (at + width - 1).clamp(max=width - 2).expand(-1, -1, dim))
-    return torch.where(at >= 0, inside, outside)
-
-
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -185,4 +172,4 @@ def causal_conv1d(
         None if initial_state is None else initial_state.to(x.dtype).to(dtype).contiguous(),
     )
     y = _CausalConv1d.apply(*arguments) if torch.is_grad_enabled() else _convolve(*arguments)
-    return y.to(x.dtype), _last_inputs(x, weight.shape[1], lengths, initial_state)
+    return y.to(x.dtype), last_inputs(x, weight.shape[1], lengths, initial_state)

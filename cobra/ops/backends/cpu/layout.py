@@ -7,16 +7,6 @@ from torch import Tensor
 _EMPTY = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}
 
 
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that an operation on this tensor computes in."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def rows(tensor: Tensor) -> Tensor:
-    """The tensor itself if its last axis is contiguous, else a copy of which that is true."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
 def flat(tensor: Tensor | None, like: Tensor) -> np.ndarray:
     """The memory that a tensor spans, from its first to its last element, without a copy; empty for None.
 

@@ -10,7 +10,8 @@ from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import compute_dtype, flat, sum_partial
+from .._shared import compute_dtype
+from .layout import flat, sum_partial
 from .threads import run
 from .vector import LANES, load_some, store_some, total, zeros
 

@@ -13,7 +13,8 @@ from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import compute_dtype, flat, flat_lengths, rows, strided, strided_state, sum_partial
+from .._shared import compute_dtype, rows
+from .layout import flat, flat_lengths, strided, strided_state, sum_partial
 from .threads import run
 from .vector import (
     LANES,

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._shared import compute_dtype, last_inputs, rows
 from .functions import sigmoid, silu_slope
-from .launch import compute_dtype, launch, rows, strided, sum_partial
+from .launch import launch, strided, sum_partial
 
 BLOCK_T, BLOCK_D = 32, 64
 
@@ -147,21 +148,6 @@ class _CausalConv1d(torch.autograd.Function):
         return dx, sum_partial(dweight, (0, 1), weight), sum_partial(dbias, (0, 1), bias), None, dinitial
 
 
-def _last_inputs(x: Tensor, width: int, lengths: Tensor | None, initial: Tensor | None) -> Tensor:
-    """The last `width - 1` inputs at each row's own end; plain operations, so autograd knows their gradient."""
-    batch, length, dim = x.shape
-    if lengths is None and length >= width - 1:
-        return x[:, length - width + 1 :].clone()  # a view would keep all of x alive
-    if initial is None:
-        initial = x.new_zeros(batch, width - 1, dim)
-    if lengths is None:
-        return torch.cat([initial[:, length:], x], 1)
-    at = (lengths[:, None] + torch.arange(1 - width, 0, device=x.device))[..., None]  # negative before the start
-    inside = x.gather(1, at.clamp(min=0).expand(-1, -1, dim))
-    outside = initial.gather(1, (at + width - 1).clamp(max=width - 2).expand(-1, -1, dim))
-    return torch.where(at >= 0, inside, outside)
-
-
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -177,7 +163,7 @@ def causal_conv1d(
     initial = None if initial_state is None else initial_state.to(x.dtype)
     contiguous = None if initial is None else initial.contiguous()
     y = _CausalConv1d.apply(rows(x), weight.contiguous(), bias, lengths, contiguous)
-    return y, _last_inputs(x, weight.shape[1], lengths, initial)
+    return y, last_inputs(x, weight.shape[1], lengths, initial)
 
 
 def causal_conv1d_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:

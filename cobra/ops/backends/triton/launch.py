@@ -1,19 +1,9 @@
-"""What every kernel launch here needs: dtypes, strides, and the device that the tensors are on."""
+"""What every kernel launch here needs: strides, outputs, and the device that the tensors are on."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that an operation on this tensor computes in."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def rows(tensor: Tensor) -> Tensor:
-    """The tensor itself if its last axis is contiguous, else a copy of which that is true."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def strided(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launch import compute_dtype, launch
+from .._shared import compute_dtype
+from .launch import launch
 
 PROGRAMS = 512  # of the backward pass at most: each sums the weight's gradient over its rows
 

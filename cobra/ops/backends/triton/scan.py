@@ -30,8 +30,9 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._shared import compute_dtype, rows
 from . import scan_kernels as kernels
-from .launch import compute_dtype, launch, rows, strided, sum_partial, zeros_behind
+from .launch import launch, strided, sum_partial, zeros_behind
 
 BLOCK_D = 32  # channels of a program: one warp's lanes
 SUB = 4  # states held in registers in the backward pass; with N = 16, 8 of them spill
