@@ -1,4 +1,4 @@
-"""Ask a model all questions of a benchmark: each image is read once, its questions continue from its state."""
+"""Ask a model all questions of a benchmark: an image is read once per batch, its questions continue from its state."""
 
 from __future__ import annotations
 

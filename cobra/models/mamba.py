@@ -253,7 +253,7 @@ class MambaLM(nn.Module):
 
         `config.init="small"` then draws three of them larger, which a small model trained from scratch needs to look
         at the image early: embedding normal 0.1, in_proj normal 1 / sqrt(fan in), rows of x_proj for B and C normal
-        0.1. (Tiny model, easy-VQA: mean loss over steps 151 to 200 of 200 is 0.004 instead of above 0.17.)
+        0.1. (Tiny model, train.max_steps=200, seed 0: 99.70 % on easy-VQA instead of 92.61 %.)
         """
         embedding_std = 0.1 if self.config.init == "small" else 0.02
         nn.init.normal_(self.backbone.embedding.weight, std=embedding_std, generator=generator)

@@ -56,8 +56,8 @@ class Projector(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw fresh weights: normal with variance 1 / fan in, zero biases.
 
-        Image tokens then start at about unit size. PyTorch's default would shrink them by an order of magnitude, and a
-        small Mamba ignores such an image for long.
+        Image tokens then start at about unit size (root mean square 1.4 in the tiny model). PyTorch's default gives
+        0.19 there, and a small Mamba is slow to look at such an image.
         """
         for layer in self.projector:
             if isinstance(layer, nn.Linear):
