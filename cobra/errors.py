@@ -13,6 +13,10 @@ class ShapeError(CobraError):
     """Tensors whose shapes, dtypes or devices do not fit together."""
 
 
+class NumericsError(CobraError):
+    """A number that has to be finite is NaN or infinite."""
+
+
 class DataError(CobraError):
     """A data file or image is missing, unreadable, or not in the expected format."""
 

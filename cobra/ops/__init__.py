@@ -8,11 +8,21 @@ back through the returned states. `COBRA_OPS_BACKEND` or `use_backend` force a b
 `lengths` marks right-padded rows: of row b only the first `lengths[b]` steps exist. Whatever stands behind them, NaN
 included, changes neither outputs nor states nor gradients, and outputs there are zero. So a padded batch gives exactly
 what its rows give alone. A length of zero returns the initial state.
+
+`resets` marks packed rows: true at the first step of a new text, which then knows nothing of what stands before it in
+the row. The initial state belongs to the steps before a row's first reset, the final state to its last text.
+
+Shapes, dtypes and devices are checked in every call. Values are checked where that costs next to nothing: on the CPU,
+in the operations over sequences, lengths must lie within the sequence and parameters be finite. On other devices a
+check would wait for the device; lengths are clamped there.
 """
 
+import math
+
+import torch
 from torch import Tensor
 
-from cobra.errors import ShapeError
+from cobra.errors import NumericsError, ShapeError
 
 from .dispatch import implementation, set_backend, use_backend
 
@@ -36,7 +46,9 @@ def _check(name: str, tensor: Tensor | None, expected: tuple[int, ...], source: 
             f"{name} has shape {list(tensor.shape)}, expected {list(expected)} to fit {source} {list(like.shape)}."
         )
     if tensor.device != like.device:
-        raise ShapeError(f"{name} is on {tensor.device}, but {source} is on {like.device}.")
+        raise ShapeError(f"{name} is on {tensor.device}, but {source} {list(like.shape)} is on {like.device}.")
+    if name not in ("lengths", "resets") and not tensor.is_floating_point():
+        raise ShapeError(f"{name} {list(tensor.shape)} has dtype {tensor.dtype}, expected a floating point dtype.")
 
 
 def _check_main(name: str, tensor: Tensor, axes: str) -> None:
@@ -48,8 +60,44 @@ def _check_main(name: str, tensor: Tensor, axes: str) -> None:
 
 def _check_lengths(lengths: Tensor | None, source: str, like: Tensor) -> None:
     _check("lengths", lengths, (like.shape[0],), source, like)
-    if lengths is not None and (lengths.is_floating_point() or lengths.is_complex()):
+    if lengths is None:
+        return
+    if lengths.dtype not in (torch.int64, torch.int32):
         raise ShapeError(f"lengths has dtype {lengths.dtype}, expected int64.")
+    if _has_values_at_hand(lengths) and lengths.numel():
+        least, most = (int(bound) for bound in torch.aminmax(lengths))
+        if least < 0 or most > like.shape[1]:
+            wrong = least if least < 0 else most
+            raise ShapeError(
+                f"lengths holds {wrong}, but {source} {list(like.shape)} has {like.shape[1]} steps; "
+                f"expected values from 0 to {like.shape[1]}."
+            )
+
+
+def _check_resets(resets: Tensor | None, source: str, like: Tensor) -> None:
+    _check("resets", resets, tuple(like.shape[:2]), source, like)
+    if resets is not None and resets.dtype != torch.bool:
+        raise ShapeError(f"resets has dtype {resets.dtype}, expected bool.")
+
+
+def _has_values_at_hand(tensor: Tensor) -> bool:
+    """Whether looking at values neither waits for a device nor breaks a graph that is being traced."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def _check_finite(**parameters: Tensor | None) -> None:
+    for name, tensor in parameters.items():
+        # a sum takes a fifth of the time of isfinite().all()
+        if tensor is None or not _has_values_at_hand(tensor) or math.isfinite(float(tensor.detach().sum())):
+            continue
+        bad = int((~tensor.isfinite()).sum())
+        if bad:
+            raise NumericsError(
+                f"{name} {list(tensor.shape)} has {bad} values that are NaN or infinite; "
+                "the weights are damaged, or a training step diverged."
+            )
 
 
 def _check_parameters(A: Tensor, D: Tensor | None, delta_bias: Tensor | None, u: Tensor) -> int:
@@ -75,6 +123,7 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     lengths: Tensor | None = None,
+    resets: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the selective state-space recurrence along the sequence.
@@ -94,13 +143,15 @@ def selective_scan(
         z: gate before its SiLU, like u; no gate if None.
         delta_bias: [dim].
         lengths: int64, [batch], see the module; whole rows if None.
+        resets: bool, [batch, length], see the module; one text per row if None.
         initial_state: [batch, dim, state]; zeros if None.
 
     Returns:
         y, like u, and the state after each row's last step, [batch, dim, state], float32 (float64 if u is). The state
         may be a strided view.
 
-    Raises: ShapeError if sizes, dtypes or devices do not fit; the message names the argument.
+    Raises: ShapeError if sizes, dtypes, devices or lengths do not fit, NumericsError if A, D or delta_bias is not
+        finite; the message names the argument.
     Source: Gu and Dao 2023, arXiv:2312.00752, Algorithm 2, with the simplified discretisation of B of their code.
     """
     _check_main("u", u, "batch length dim")
@@ -115,19 +166,11 @@ def selective_scan(
     ):
         _check(name, tensor, expected, "u" if expected[-1] == dim else "u and A", u)
     _check_lengths(lengths, "u", u)
-    return implementation("selective_scan", u)(
-        u,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        z=z,
-        delta_bias=delta_bias,
-        delta_softplus=delta_softplus,
-        lengths=lengths,
-        initial_state=initial_state,
-    )
+    _check_resets(resets, "u", u)
+    _check_finite(A=A, D=D, delta_bias=delta_bias)
+    rest = {"delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+    rest |= {"delta_softplus": delta_softplus, "lengths": lengths, "resets": resets, "initial_state": initial_state}
+    return implementation("selective_scan", u, rest)(u, **rest)
 
 
 def selective_state_update(
@@ -164,9 +207,9 @@ def selective_state_update(
         ("z", z, (batch, dim)),
     ):
         _check(name, tensor, expected, "u" if expected[-1] == dim else "u and A", u)
-    return implementation("selective_state_update", u)(
-        state, u, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus
-    )
+    rest = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+    rest |= {"delta_softplus": delta_softplus}
+    return implementation("selective_state_update", u, rest)(state, **rest)
 
 
 def causal_conv1d(
@@ -175,6 +218,7 @@ def causal_conv1d(
     bias: Tensor | None = None,
     *,
     lengths: Tensor | None = None,
+    resets: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Convolve every channel with its own causal filter and apply SiLU.
@@ -187,13 +231,15 @@ def causal_conv1d(
         x: [batch, length, dim].
         weight: [dim, width]. bias: [dim] or None.
         lengths: int64, [batch], see the module; whole rows if None.
+        resets: bool, [batch, length], see the module; one text per row if None.
         initial_state: the inputs before the first, oldest first, [batch, width - 1, dim]; zeros if None.
 
     Returns:
         y, like x, and the last width - 1 inputs at each row's own end, oldest first, [batch, width - 1, dim], in the
         dtype of x: the `initial_state` of what follows.
 
-    Raises: ShapeError if sizes, dtypes or devices do not fit; the message names the argument.
+    Raises: ShapeError if sizes, dtypes, devices or lengths do not fit, NumericsError if weight or bias is not finite;
+        the message names the argument.
     Source: Gu and Dao 2023, arXiv:2312.00752, section 3.4 and figure 3.
     """
     _check_main("x", x, "batch length dim")
@@ -201,7 +247,10 @@ def causal_conv1d(
     width = _check_filter(weight, bias, x)
     _check("initial_state", initial_state, (batch, width - 1, dim), "x and weight", x)
     _check_lengths(lengths, "x", x)
-    return implementation("causal_conv1d", x)(x, weight, bias, lengths=lengths, initial_state=initial_state)
+    _check_resets(resets, "x", x)
+    _check_finite(weight=weight, bias=bias)
+    rest = {"weight": weight, "bias": bias, "lengths": lengths, "resets": resets, "initial_state": initial_state}
+    return implementation("causal_conv1d", x, rest)(x, **rest)
 
 
 def _check_filter(weight: Tensor, bias: Tensor | None, x: Tensor) -> int:
@@ -227,7 +276,8 @@ def causal_conv1d_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor 
     _check_main("x", x, "batch dim")
     width = _check_filter(weight, bias, x)
     _check("state", state, (x.shape[0], width - 1, x.shape[1]), "x and weight", x)
-    return implementation("causal_conv1d_update", x)(state, x, weight, bias)
+    rest = {"x": x, "weight": weight, "bias": bias}
+    return implementation("causal_conv1d_update", x, rest)(state, **rest)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -250,4 +300,5 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
         raise ShapeError(f"x has dtype {x.dtype}, expected a floating point dtype.")
     _check("residual", residual, tuple(x.shape), "x", x)
     _check("weight", weight, (x.shape[-1],), "x", x)
-    return implementation("add_rms_norm", x)(x, residual, weight, eps)
+    rest = {"residual": residual, "weight": weight, "eps": eps}
+    return implementation("add_rms_norm", x, rest)(x, **rest)

@@ -17,8 +17,8 @@ def main() -> None:
         lines.append(f"{name:12} {'no' if reason else 'yes':10} {reason or ''}".rstrip())
     for device in ("cpu", "cuda"):
         try:
-            module, reason = choose(device, torch.float32, forced_backend())
-            lines.append(f"float32 on {device}: {module.NAME}, {reason}")
+            modules, reason = choose(device, torch.float32, forced_backend())
+            lines.append(f"float32 on {device}: {modules[0].NAME}, {reason}")
         except BackendError as error:
             lines.append(f"float32 on {device}: {error}")
     sys.stdout.write("\n".join(lines) + "\n")

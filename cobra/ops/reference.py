@@ -42,6 +42,12 @@ def _zero_outside(tensor: Tensor, within: Tensor | None) -> Tensor:
     return tensor if within is None else torch.where(within, tensor, 0.0)
 
 
+def _steps_since_reset(resets: Tensor) -> Tensor:
+    """int64 [batch, length]: how many steps ago each step's text began; very many before a row's first reset."""
+    steps = torch.arange(resets.shape[1], device=resets.device)
+    return steps - torch.where(resets, steps, -(2**31)).cummax(1).values
+
+
 def _step_size(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> Tensor:
     shifted = delta if delta_bias is None else delta + delta_bias
     # threshold: beyond it PyTorch returns its input, which in double precision is 2e-9 away from the function
@@ -71,6 +77,7 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     lengths: Tensor | None = None,
+    resets: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`cobra.ops.selective_scan` as a loop over time."""
@@ -82,8 +89,11 @@ def selective_scan(
     A, D, delta_bias = A.to(dtype), _upcast(D, dtype), _upcast(delta_bias, dtype)
     dt = _zero_outside(_step_size(delta, delta_bias, delta_softplus), within)  # dt = 0 leaves the state as it is
     h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1]) if initial_state is None else initial_state.to(dtype)
+    forget = None if resets is None else resets if within is None else resets & within[..., 0]
     ys = []
     for t in range(u.shape[1]):
+        if forget is not None:
+            h = torch.where(forget[:, t, None, None], 0.0, h)
         h, y = _step(h, u[:, t], dt[:, t], A, B[:, t], C[:, t])
         ys.append(y)
     y = torch.stack(ys, dim=1) if ys else torch.zeros_like(u)
@@ -118,6 +128,7 @@ def causal_conv1d(
     bias: Tensor | None = None,
     *,
     lengths: Tensor | None = None,
+    resets: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`cobra.ops.causal_conv1d` as a sum of shifted inputs."""
@@ -125,18 +136,28 @@ def causal_conv1d(
     width = weight.shape[1]
     within = _within(lengths, x)
     before = x.new_zeros(batch, width - 1, dim) if initial_state is None else initial_state.to(x.dtype)
-    padded = torch.cat(
-        [before, _zero_outside(x, within)], dim=1
-    )  # position t of the input is position t + width - 1 here
+    # position t of the input is position t + width - 1 here
+    padded = torch.cat([before, _zero_outside(x, within)], dim=1)
 
     dtype = _compute_dtype(x)
     taps = weight.to(dtype)
-    y = torch.stack([padded[:, k : k + length].to(dtype) * taps[:, k] for k in range(width)]).sum(0)
+    products = []
+    for k in range(width):
+        values = padded[:, k : k + length].to(dtype)
+        if resets is not None:  # a text does not see the one before it
+            values = torch.where(_steps_since_reset(resets)[..., None] >= width - 1 - k, values, 0.0)
+        products.append(values * taps[:, k])
+    y = torch.stack(products).sum(0)
     y = _zero_outside(F.silu(y if bias is None else y + bias.to(dtype)), within)
 
     ends = torch.full((batch,), length, device=x.device) if lengths is None else lengths.clamp(0, length)
     window = ends[:, None] + torch.arange(width - 1, device=x.device)  # [batch, width - 1]
     final_state = padded.gather(1, window[..., None].expand(-1, -1, dim))
+    if resets is not None and length:
+        ages = torch.arange(width - 2, -1, -1, device=x.device)  # how long before the last step an input came
+        last = _steps_since_reset(resets).gather(1, (ends - 1).clamp(min=0)[:, None])
+        is_of_last_text = (ages <= last) | (ends == 0)[:, None]
+        final_state = torch.where(is_of_last_text[..., None], final_state, 0.0)
     return y.to(x.dtype), final_state
 
 

@@ -32,6 +32,14 @@ class Backend:
         if steps > 20 and self.module.NAME == "triton" and self.device.type == "cpu":
             pytest.skip("too slow in Triton's interpreter; test_triton.py has smaller cases")
 
+    def skip_unless_packed(self) -> None:
+        if self.module.NAME == "mamba_ssm":
+            pytest.skip("the official kernels know no resets")
+
+    def skip_unless_repeatable(self) -> None:
+        if self.module.NAME == "mamba_ssm":
+            pytest.skip("the official kernels sum gradients by atomic additions, in any order")
+
     def function(self, name: str) -> Callable:
         return getattr(self.module, name, None) or getattr(reference, name)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cobra.ops
-from cobra.errors import ShapeError
+from cobra.errors import NumericsError, ShapeError
 
 from .cases import conv_arguments, scan_arguments
 
@@ -68,3 +68,44 @@ def test_norm_names_the_argument_of_a_wrong_shape():
         cobra.ops.add_rms_norm(x, None, torch.ones(4), 1e-5)
     with pytest.raises(ShapeError, match=r"^residual has shape"):
         cobra.ops.add_rms_norm(x, torch.zeros(1, 5), torch.ones(5), 1e-5)
+
+
+@pytest.mark.parametrize("wrong", [7, -1])
+def test_lengths_outside_the_sequence_are_refused(wrong):
+    message = rf"^lengths holds {wrong}, but \w \[2, 6, 5\] has 6 steps; expected values from 0 to 6"
+    with pytest.raises(ShapeError, match=message):
+        cobra.ops.selective_scan(**scan_arguments(2, 6, 5, 3), lengths=torch.tensor([6, wrong]))
+    with pytest.raises(ShapeError, match=message):
+        cobra.ops.causal_conv1d(**conv_arguments(2, 6, 5, 4), lengths=torch.tensor([wrong, 0]))
+
+
+@pytest.mark.parametrize("resets", [torch.zeros(2, 5, dtype=torch.bool), torch.zeros(2, 6)])
+def test_resets_of_a_wrong_kind_are_refused(resets):
+    with pytest.raises(ShapeError, match=r"^resets has"):
+        cobra.ops.selective_scan(**scan_arguments(2, 6, 5, 3), resets=resets)
+    with pytest.raises(ShapeError, match=r"^resets has"):
+        cobra.ops.causal_conv1d(**conv_arguments(2, 6, 5, 4), resets=resets)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["A", "D", "delta_bias", "weight", "bias"])
+def test_parameters_that_are_not_finite_are_refused(name, value):
+    is_filter = name in ("weight", "bias")
+    arguments = conv_arguments(2, 6, 5, 4) if is_filter else scan_arguments(2, 6, 5, 3)
+    arguments[name].view(-1)[3] = value
+    with pytest.raises(NumericsError, match=rf"^{name} \[.*\] has 1 values that are NaN or infinite"):
+        (cobra.ops.causal_conv1d if is_filter else cobra.ops.selective_scan)(**arguments)
+
+
+def test_parameters_of_a_wrong_dtype_are_refused():
+    arguments = scan_arguments(2, 6, 5, 3)
+    with pytest.raises(ShapeError, match=r"^A \[5, 3\] has dtype torch.int64, expected a floating point dtype"):
+        cobra.ops.selective_scan(**(arguments | {"A": arguments["A"].long()}))
+    with pytest.raises(ShapeError, match=r"^B \[2, 6, 3\] has dtype torch.bool"):
+        cobra.ops.selective_scan(**(arguments | {"B": arguments["B"] > 0}))
+
+
+def test_arguments_on_different_devices_are_refused():
+    arguments = scan_arguments(2, 6, 5, 3)
+    with pytest.raises(ShapeError, match=r"^D is on meta, but u \[2, 6, 5\] is on cpu"):
+        cobra.ops.selective_scan(**(arguments | {"D": arguments["D"].to("meta")}))

@@ -15,7 +15,7 @@ from cobra.ops.backends import cpu
 
 
 def _chosen() -> str:
-    return dispatch.choose("cpu", torch.float32, dispatch.forced_backend())[0].NAME
+    return dispatch.choose("cpu", torch.float32, dispatch.forced_backend())[0][0].NAME
 
 
 def test_every_file_of_the_folder_is_found():

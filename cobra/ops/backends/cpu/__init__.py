@@ -17,6 +17,8 @@ _MODULES = {
     "selective_state_update": "scan",
     "causal_conv1d": "conv",
     "add_rms_norm": "norm",
+    "stack_step": "step",
+    "linear": "matvec",
 }
 
 
@@ -40,9 +42,9 @@ def __getattr__(name: str) -> Any:
 
 
 def _drop_stale_kernels() -> None:
-    """Delete compiled kernels that are older than `vector.py`: Numba's cache watches the kernels' own files only."""
+    """Delete compiled kernels older than any file here: Numba's cache watches the kernels' own files only."""
     folder = Path(__file__).parent
-    changed = (folder / "vector.py").stat().st_mtime
+    changed = max(file.stat().st_mtime for file in folder.glob("*.py"))
     for index in (folder / "__pycache__").glob("*.nbi"):
         with suppress(OSError):  # another process was faster, or the folder is not ours
             if index.stat().st_mtime < changed:

@@ -6,13 +6,12 @@ gradient before the SiLU once per block of channels, with the few steps after th
 # Numba's intrinsics take one argument less than their definitions show.
 # pyright: reportCallIssue=false
 
-import torch
 from numba import njit
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .._shared import compute_dtype, last_inputs, rows
-from .layout import flat, flat_lengths, strided, sum_partial
+from .._operators import conv_function
+from .._shared import rows
+from .layout import flat, flat_lengths, flat_steps, strided, sum_partial
 from .threads import run
 from .vector import LANES, load, load_some, sigmoid, store, store_some, work_array, zeros
 
@@ -20,8 +19,10 @@ PIECE = 64
 
 
 @njit(forceinline=True)
-def _input(x, x_row, x_step, initial, row, t, width, dim, channel, count):
-    """The input at step t, which may lie before the first one."""
+def _input(x, x_row, x_step, initial, row, t, first, width, dim, channel, count):
+    """The input at step t, which may lie before the row's first one; zero before `first`, where another text is."""
+    if t < first:
+        return zeros(x)
     if t >= 0:
         return load_some(x, row * x_row + t * x_step + channel, count)
     if initial.size:
@@ -38,7 +39,7 @@ def _filter(weight, width, dim, channel, count, out):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _forward(
-    start, stop, length, dim, width, lengths, x, x_row, x_step, weight, bias, initial,
+    start, stop, length, dim, width, lengths, firsts, x, x_row, x_step, weight, bias, initial,
     y,
 ):  # fmt: skip
     taps = work_array(width * LANES, x)
@@ -52,10 +53,11 @@ def _forward(
             _filter(weight, width, dim, channel, count, taps)
             bias_vector = load_some(bias, channel, count) if bias.size else zeros(x)
             for t in range(begin, valid_end):
+                first = firsts[row * length + t] if firsts.size else -width
                 before = bias_vector
                 for k in range(width):
                     at = t - width + 1 + k
-                    value = _input(x, x_row, x_step, initial, row, at, width, dim, channel, count)
+                    value = _input(x, x_row, x_step, initial, row, at, first, width, dim, channel, count)
                     before = before + load(taps, k * LANES) * value
                 store_some(y, (row * length + t) * dim + channel, count, before * sigmoid(before))
             for t in range(valid_end, end):
@@ -64,7 +66,7 @@ def _forward(
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _backward(
-    start, stop, length, dim, width, lengths, x, x_row, x_step, weight, bias, initial,
+    start, stop, length, dim, width, lengths, firsts, x, x_row, x_step, weight, bias, initial,
     dy, dy_row, dy_step, dx, dweight, dbias, dinitial,
 ):  # fmt: skip
     taps = work_array(width * LANES, x)
@@ -81,10 +83,11 @@ def _backward(
             for t in range(begin, end + width - 1):
                 gradient = zeros(x)
                 if t < lengths[row]:
+                    first = firsts[row * length + t] if firsts.size else -width
                     before = bias_vector
                     for k in range(width):
                         at = t - width + 1 + k
-                        value = _input(x, x_row, x_step, initial, row, at, width, dim, channel, count)
+                        value = _input(x, x_row, x_step, initial, row, at, first, width, dim, channel, count)
                         before = before + load(taps, k * LANES) * value
                     s = sigmoid(before)
                     gradient = load_some(dy, row * dy_row + t * dy_step + channel, count)
@@ -97,27 +100,29 @@ def _backward(
             for k in range(width):
                 dtap = zeros(x)
                 for t in range(begin, valid_end):
+                    first = firsts[row * length + t] if firsts.size else -width
                     at = t - width + 1 + k
-                    value = _input(x, x_row, x_step, initial, row, at, width, dim, channel, count)
+                    value = _input(x, x_row, x_step, initial, row, at, first, width, dim, channel, count)
                     dtap = dtap + load(dbefore, (t - begin) * LANES) * value
                 store_some(dweight, (item * width + k) * dim + channel, count, dtap)
             for t in range(begin if begin else 1 - width, end):
                 gradient = zeros(x)
                 for k in range(width):
                     reached = t + width - 1 - k
-                    if reached >= begin:
-                        gradient = gradient + load(dbefore, (reached - begin) * LANES) * load(taps, k * LANES)
+                    if reached < begin or (firsts.size and reached < length and firsts[row * length + reached] > t):
+                        continue
+                    gradient = gradient + load(dbefore, (reached - begin) * LANES) * load(taps, k * LANES)
                 if t >= 0:
                     store_some(dx, (row * length + t) * dim + channel, count, gradient)
                 elif dinitial.size:
                     store_some(dinitial, (row * (width - 1) + t + width - 1) * dim + channel, count, gradient)
 
 
-def _inputs(x: Tensor, weight: Tensor, bias: Tensor | None, lengths: Tensor | None, initial: Tensor | None) -> tuple:
-    """The arguments that both kernels share, in their order; `weight` is [width, dim] here."""
+def _arguments(x, weight, bias, lengths, firsts, initial) -> tuple:
+    """The arguments that both kernels share, in their order."""
     batch, length, dim = x.shape
     return (
-        length, dim, weight.shape[0], flat_lengths(lengths, batch, length),
+        length, dim, weight.shape[0], flat_lengths(lengths, batch, length), flat_steps(firsts),
         *strided(x, x), flat(weight, x), flat(bias, x), flat(initial, x),
     )  # fmt: skip
 
@@ -126,50 +131,27 @@ def _num_items(x: Tensor) -> int:
     return x.shape[0] * -(-x.shape[1] // PIECE)
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, lengths: Tensor | None, initial: Tensor | None) -> Tensor:
+def _convolve(x, weight, bias, lengths, firsts, initial):
     y = x.new_empty(x.shape)
-    run(_forward, _num_items(x), x.numel() * 4, *_inputs(x, weight, bias, lengths, initial), flat(y, x))
+    run(_forward, _num_items(x), x.numel() * 4, *_arguments(x, weight, bias, lengths, firsts, initial), flat(y, x))
     return y
 
 
-class _CausalConv1d(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, lengths, initial):
-        ctx.save_for_backward(x, weight, bias, lengths, initial)
-        return _convolve(x, weight, bias, lengths, initial)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, bias, lengths, initial = ctx.saved_tensors
-        dy = rows(dy)
-        items, (width, dim) = _num_items(x), weight.shape
-        dx, dweight, dbias = x.new_empty(x.shape), x.new_empty(items, width, dim), x.new_empty(items, dim)
-        dinitial = None if initial is None else x.new_empty(initial.shape)
-        run(
-            _backward, items, x.numel() * 8, *_inputs(x, weight, bias, lengths, initial),
-            *strided(dy, x), flat(dx, x), flat(dweight, x), flat(dbias, x), flat(dinitial, x),
-        )  # fmt: skip
-        return dx, sum_partial(dweight, 0), None if bias is None else sum_partial(dbias, 0), None, dinitial
+def _convolve_backward(gradients, saved, x, weight, bias, lengths, firsts, initial):
+    dy = rows(gradients[0])
+    items, (width, dim) = _num_items(x), weight.shape
+    dx, dweight, dbias = x.new_empty(x.shape), x.new_empty(items, width, dim), x.new_empty(items, dim)
+    dinitial = None if initial is None else x.new_empty(initial.shape)
+    run(
+        _backward, items, x.numel() * 8, *_arguments(x, weight, bias, lengths, firsts, initial),
+        *strided(dy, x), flat(dx, x), flat(dweight, x), flat(dbias, x), flat(dinitial, x),
+    )  # fmt: skip
+    found = [dx, sum_partial(dweight, 0)]
+    if bias is not None:
+        found.append(sum_partial(dbias, 0))
+    if dinitial is not None:
+        found.append(dinitial)
+    return found
 
 
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    lengths: Tensor | None = None,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """See `cobra.ops.causal_conv1d`."""
-    dtype = compute_dtype(x)
-    arguments = (
-        rows(x.to(dtype)),
-        weight.to(dtype).t().contiguous(),
-        None if bias is None else bias.to(dtype).contiguous(),
-        lengths,
-        # through the dtype of x, as in the definition: the state holds inputs
-        None if initial_state is None else initial_state.to(x.dtype).to(dtype).contiguous(),
-    )
-    y = _CausalConv1d.apply(*arguments) if torch.is_grad_enabled() else _convolve(*arguments)
-    return y.to(x.dtype), last_inputs(x, weight.shape[1], lengths, initial_state)
+causal_conv1d = conv_function("cpu", _convolve, _convolve_backward, upcast=True)

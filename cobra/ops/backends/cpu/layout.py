@@ -5,13 +5,30 @@ import torch
 from torch import Tensor
 
 _EMPTY = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}
+_TYPES = {torch.float32: np.dtype(np.float32).str, torch.float64: np.dtype(np.float64).str}
+
+
+class _Memory:
+    """Lends a tensor's memory to NumPy. `Tensor.numpy()` would, but pins the storage's size for good, and FSDP frees
+    and refills the storage of gathered parameters by resizing it.
+    """
+
+    __slots__ = ("__array_interface__", "tensor")
+
+    def __init__(self, tensor: Tensor, span: int) -> None:
+        self.tensor = tensor  # lives as long as the array
+        self.__array_interface__ = {
+            "data": (tensor.data_ptr(), False),
+            "shape": (span,),
+            "typestr": _TYPES[tensor.dtype],
+            "version": 3,
+        }
 
 
 def flat(tensor: Tensor | None, like: Tensor) -> np.ndarray:
     """The memory that a tensor spans, from its first to its last element, without a copy; empty for None.
 
     One compiled kernel then serves every layout: it gets the strides as numbers and always sees a contiguous array.
-    Gradients must be off, as they are inside of an `autograd.Function`.
     """
     if tensor is None or tensor.numel() == 0:
         return _EMPTY[like.dtype]
@@ -19,7 +36,7 @@ def flat(tensor: Tensor | None, like: Tensor) -> np.ndarray:
         span = tensor.numel()
     else:
         span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.as_strided((span,), (1,)).numpy()
+    return np.asarray(_Memory(tensor, span))
 
 
 def strided(tensor: Tensor | None, like: Tensor) -> tuple[np.ndarray, int, int]:
@@ -27,18 +44,19 @@ def strided(tensor: Tensor | None, like: Tensor) -> tuple[np.ndarray, int, int]:
     return (flat(tensor, like), 0, 0) if tensor is None else (flat(tensor, like), tensor.stride(0), tensor.stride(1))
 
 
-def strided_state(tensor: Tensor | None, like: Tensor) -> tuple[np.ndarray, int, int, int]:
-    """A [batch, dim, state] tensor as kernels take it: memory and the three strides."""
-    if tensor is None:
-        return flat(tensor, like), 0, 0, 0
-    return flat(tensor, like), tensor.stride(0), tensor.stride(1), tensor.stride(2)
-
-
 def flat_lengths(lengths: Tensor | None, batch: int, length: int) -> np.ndarray:
-    """Every row's number of steps, within [0, length]."""
-    if lengths is None:
-        return np.full(batch, length, np.int64)
-    return lengths.clamp(0, length).to(torch.int64).contiguous().numpy()
+    """Every row's number of steps."""
+    return np.full(batch, length, np.int64) if lengths is None else lengths.numpy()
+
+
+def flat_mask(mask: Tensor | None) -> np.ndarray:
+    """A contiguous tensor of bools as a flat array; empty for None."""
+    return np.empty(0, np.bool_) if mask is None else mask.view(-1).numpy()
+
+
+def flat_steps(steps: Tensor | None) -> np.ndarray:
+    """A contiguous tensor of int64 as a flat array; empty for None."""
+    return np.empty(0, np.int64) if steps is None else steps.view(-1).numpy()
 
 
 def sum_partial(partial: Tensor, axis: int) -> Tensor:

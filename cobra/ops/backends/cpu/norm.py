@@ -5,12 +5,9 @@ One work item is a group of `GROUP` rows: the weight's gradient is summed per gr
 # Numba's intrinsics take one argument less than their definitions show.
 # pyright: reportCallIssue=false
 
-import torch
 from numba import njit
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .._shared import compute_dtype
+from .._operators import norm_function
 from .layout import flat, sum_partial
 from .threads import run
 from .vector import LANES, load_some, store_some, total, zeros
@@ -63,9 +60,8 @@ def _backward(start, stop, num_rows, dim, sums, weight, scales, dnormed, dsums, 
                 store_some(dx, row * dim + channel, count, gradient)
 
 
-def _normalise(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    dim = x.shape[-1]
-    num_rows = x.numel() // dim
+def _normalise(x, residual, weight, eps):
+    num_rows, dim = x.shape
     normed, sums, scales = x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(num_rows)
     run(
         _forward, -(-num_rows // GROUP), x.numel() * 4, num_rows, dim, eps,
@@ -74,45 +70,21 @@ def _normalise(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -
     return normed, sums, scales
 
 
-class _AddRmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, residual, weight, eps):
-        normed, sums, scales = _normalise(x, residual, weight, eps)
-        ctx.save_for_backward(sums, scales, weight)
-        ctx.has_residual = residual is not None
-        ctx.set_materialize_grads(False)
-        return normed, sums
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dnormed, dsums):
-        sums, scales, weight = ctx.saved_tensors
-        if dnormed is None:
-            return dsums, dsums if ctx.has_residual else None, None, None
-        dim = sums.shape[-1]
-        num_rows = sums.numel() // dim
-        groups = -(-num_rows // GROUP)
-        dx, dweight = sums.new_empty(sums.shape), sums.new_empty(groups, dim)
-        dnormed = dnormed.contiguous()
-        dsums = None if dsums is None else dsums.contiguous()
-        run(
-            _backward, groups, sums.numel() * 8, num_rows, dim,
-            *(flat(tensor, sums) for tensor in (sums, weight, scales, dnormed, dsums, dx, dweight)),
-        )  # fmt: skip
-        return dx, dx if ctx.has_residual else None, sum_partial(dweight, 0), None
+def _normalise_backward(gradients, saved, x, residual, weight, eps):
+    dnormed, dsums, _ = gradients
+    sums, scales = saved
+    num_rows, dim = sums.shape
+    if dnormed is None:
+        return [dsums.clone(), weight.new_zeros(weight.shape)]
+    groups = -(-num_rows // GROUP)
+    dx, dweight = sums.new_empty(sums.shape), sums.new_empty(groups, dim)
+    dnormed = dnormed.contiguous()
+    dsums = None if dsums is None else dsums.contiguous()
+    run(
+        _backward, groups, sums.numel() * 8, num_rows, dim,
+        *(flat(tensor, sums) for tensor in (sums, weight, scales, dnormed, dsums, dx, dweight)),
+    )  # fmt: skip
+    return [dx, sum_partial(dweight, 0)]
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `cobra.ops.add_rms_norm`."""
-    dtype = compute_dtype(x)
-    arguments = (
-        x.to(dtype).contiguous(),
-        None if residual is None else residual.to(dtype).contiguous(),
-        weight.to(dtype).contiguous(),
-        float(eps),
-    )
-    if torch.is_grad_enabled():
-        normed, sums = _AddRmsNorm.apply(*arguments)
-    else:
-        normed, sums, _ = _normalise(*arguments)
-    return normed.to(x.dtype), sums
+add_rms_norm = norm_function("cpu", _normalise, _normalise_backward, upcast=True)

@@ -8,13 +8,12 @@ reverse. So memory for states is length / CHUNK, and each exponential is compute
 # Numba's intrinsics take one argument less than their definitions show.
 # pyright: reportCallIssue=false
 
-import torch
 from numba import njit
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .._shared import compute_dtype, rows
-from .layout import flat, flat_lengths, strided, strided_state, sum_partial
+from .._operators import scan_functions
+from .._shared import rows
+from .layout import flat, flat_lengths, flat_mask, strided, sum_partial
 from .threads import run
 from .vector import (
     LANES,
@@ -35,16 +34,10 @@ CHUNK = 32
 
 
 @njit(forceinline=True)
-def _load_states(array, at, channel_stride, state_stride, state, width, scale, out):
-    """Write `scale` times a [width, state] piece of any strides as [state, LANES], zeros in the unused lanes."""
-    if channel_stride == 1:
-        for n in range(state):
-            store(out, n * LANES, load_some(array, at + n * state_stride, width) * scale)
-    else:
-        out[: state * LANES] = 0.0
-        for n in range(state):
-            for lane in range(width):
-                out[n * LANES + lane] = array[at + lane * channel_stride + n * state_stride] * scale
+def _load_states(array, at, dim, state, width, scale, out):
+    """Write `scale` times the [state, width] piece that begins at `at` as [state, LANES]; unused lanes are zero."""
+    for n in range(state):
+        store(out, n * LANES, load_some(array, at + n * dim, width) * scale)
 
 
 @njit(forceinline=True)
@@ -55,10 +48,9 @@ def _step_size(raw, bias, use_softplus):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _forward(
-    start, stop, batch, length, dim, state, lengths, use_softplus,
+    start, stop, batch, length, dim, state, lengths, resets, use_softplus,
     u, u_row, u_step, delta, delta_row, delta_step, z, z_row, z_step,
-    B, B_row, B_step, C, C_row, C_step, A, D, bias, initial, initial_row, initial_channel, initial_state,
-    y, final, borders,
+    B, B_row, B_step, C, C_row, C_step, A, D, bias, initial, y, final, borders,
 ):  # fmt: skip
     matrix = work_array(state * LANES, u)
     h_all = work_array(state * LANES, u)
@@ -72,14 +64,13 @@ def _forward(
         channel = block * LANES
         width = min(LANES, dim - channel)
         if block != loaded:
-            _load_states(A, channel * state, state, 1, state, width, LOG2_E, matrix)
+            _load_states(A, channel, dim, state, width, LOG2_E, matrix)
             loaded = block
         bias_vector = load_some(bias, channel, width) if bias.size else zeros(u)
         D_vector = load_some(D, channel, width) if D.size else zeros(u)
         h_all[:] = 0.0
         if initial.size:
-            at = row * initial_row + channel * initial_channel
-            _load_states(initial, at, initial_channel, initial_state, state, width, 1.0, h_all)
+            _load_states(initial, row * state * dim + channel, dim, state, width, 1.0, h_all)
         for begin in range(0, lengths[row], CHUNK):
             steps = min(CHUNK, lengths[row] - begin)
             if borders.size:
@@ -99,6 +90,8 @@ def _forward(
                 B_at = row * B_row + begin * B_step + n
                 C_at = row * C_row + begin * C_step + n
                 for t in range(steps):
+                    if resets.size and resets[row * length + begin + t]:
+                        h = zeros(u)
                     h = exp2(load(dts, t * LANES) * A_vector) * h + load(xs, t * LANES) * B[B_at + t * B_step]
                     store(ys, t * LANES, load(ys, t * LANES) + h * C[C_at + t * C_step])
                 store(h_all, n * LANES, h)
@@ -116,10 +109,10 @@ def _forward(
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _backward(
-    start, stop, batch, length, dim, state, lengths, use_softplus,
+    start, stop, batch, length, dim, state, lengths, resets, use_softplus,
     u, u_row, u_step, delta, delta_row, delta_step, z, z_row, z_step,
     B, B_row, B_step, C, C_row, C_step, A, D, bias, borders,
-    dy, dy_row, dy_step, dfinal, dfinal_row, dfinal_channel, dfinal_state,
+    dy, dy_row, dy_step, dfinal,
     du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial,
 ):  # fmt: skip
     matrix = work_array(state * LANES, u)
@@ -141,7 +134,7 @@ def _backward(
         channel = block * LANES
         width = min(LANES, dim - channel)
         if block != loaded:
-            _load_states(A, channel * state, state, 1, state, width, 1.0, matrix)
+            _load_states(A, channel, dim, state, width, 1.0, matrix)
             loaded = block
         bias_vector = load_some(bias, channel, width) if bias.size else zeros(u)
         D_vector = load_some(D, channel, width) if D.size else zeros(u)
@@ -150,8 +143,7 @@ def _backward(
         dA_all[:] = 0.0
         dh_all[:] = 0.0
         if dfinal.size:
-            at = row * dfinal_row + channel * dfinal_channel
-            _load_states(dfinal, at, dfinal_channel, dfinal_state, state, width, 1.0, dh_all)
+            _load_states(dfinal, row * state * dim + channel, dim, state, width, 1.0, dh_all)
         last_chunk = (lengths[row] + CHUNK - 1) // CHUNK - 1
         for chunk in range(last_chunk, -1, -1):
             begin = chunk * CHUNK
@@ -178,6 +170,8 @@ def _backward(
                 h = load_some(borders, ((row * num_chunks + chunk) * state + n) * dim + channel, width)
                 store(hs, 0, h)
                 for t in range(steps):
+                    if resets.size and resets[row * length + begin + t]:
+                        h = zeros(u)
                     decay = exp2(load(dts, t * LANES) * A_scaled)
                     h = decay * h + load(xs, t * LANES) * B[B_at + t * B_step]
                     store(decays, t * LANES, decay)
@@ -195,6 +189,9 @@ def _backward(
                     if z.size:
                         store(ys, t * LANES, load(ys, t * LANES) + h * c)
                     store(dxs, t * LANES, load(dxs, t * LANES) + dh * B[B_at + t * B_step])
+                    if resets.size and resets[row * length + begin + t]:
+                        dh = zeros(u)
+                        continue
                     dh = dh * load(decays, t * LANES)
                     through_decay = dh * load(hs, t * LANES)
                     store(ddts, t * LANES, load(ddts, t * LANES) + through_decay * A_vector)
@@ -237,11 +234,11 @@ def _backward(
         store_some(dbias, row * dim + channel, width, dbias_vector)
 
 
-def _inputs(u, delta, A, B, C, D, z, delta_bias, use_softplus, lengths) -> tuple:
+def _arguments(u, delta, A, B, C, D, z, delta_bias, use_softplus, lengths, resets) -> tuple:
     """The arguments that both kernels share, in their order."""
     batch, length, dim = u.shape
     return (
-        batch, length, dim, A.shape[1], flat_lengths(lengths, batch, length), use_softplus,
+        batch, length, dim, A.shape[0], flat_lengths(lengths, batch, length), flat_mask(resets), use_softplus,
         *strided(u, u), *strided(delta, u), *strided(z, u), *strided(B, u), *strided(C, u),
         flat(A, u), flat(D, u), flat(delta_bias, u),
     )  # fmt: skip
@@ -251,114 +248,52 @@ def _num_items(u: Tensor) -> int:
     return u.shape[0] * -(-u.shape[2] // LANES)
 
 
-def _scan(
-    u, delta, A, B, C, D, z, delta_bias, use_softplus, lengths, initial_state, *, keep_borders: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _borders_shape(batch: int, length: int, dim: int, state: int) -> tuple[int, ...]:
+    return batch, -(-length // CHUNK), state, dim
+
+
+def _scan(u, delta, A, B, C, D, z, delta_bias, use_softplus, lengths, resets, initial, keep):
     """Outputs, final state and, for the backward pass, the states at the borders of chunks."""
     batch, length, dim = u.shape
-    state = A.shape[1]
-    # The kernels hold states as [batch, state, dim]; the public order is a transposed view of that. Any strides are
-    # read, these fastest.
-    y, final = u.new_empty(batch, length, dim), u.new_empty(batch, state, dim)
-    borders = u.new_empty(batch, -(-length // CHUNK), state, dim) if keep_borders else None
+    state = A.shape[0]
+    y, final = u.new_empty(u.shape), u.new_empty(batch, state, dim)
+    borders = u.new_empty(_borders_shape(batch, length, dim, state) if keep else (0,))
     run(
-        _forward, _num_items(u), batch * length * dim * state,
-        *_inputs(u, delta, A, B, C, D, z, delta_bias, use_softplus, lengths),
-        *strided_state(initial_state, u), flat(y, u), flat(final, u), flat(borders, u),
+        _forward, _num_items(u), u.numel() * state,
+        *_arguments(u, delta, A, B, C, D, z, delta_bias, use_softplus, lengths, resets),
+        flat(initial, u), flat(y, u), flat(final, u), flat(borders, u),
     )  # fmt: skip
-    return y, final.transpose(1, 2), borders
+    return y, final, borders
 
 
-class _SelectiveScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, use_softplus, lengths, initial_state):
-        y, final, borders = _scan(
-            u, delta, A, B, C, D, z, delta_bias, use_softplus, lengths, initial_state, keep_borders=True
-        )
-        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, lengths, borders)
-        ctx.use_softplus = use_softplus
-        ctx.set_materialize_grads(False)
-        return y, final
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dfinal):
-        u, delta, A, B, C, D, z, delta_bias, lengths, borders = ctx.saved_tensors
-        batch, length, dim = u.shape
-        state = A.shape[1]
-        dy = u.new_zeros(1, 1, 1).expand(u.shape).contiguous() if dy is None else rows(dy)
-        du, ddelta = u.new_empty(u.shape), u.new_empty(u.shape)
-        dz = None if z is None else u.new_empty(u.shape)
-        blocks = -(-dim // LANES)
-        dB, dC = u.new_empty(batch, blocks, length, state), u.new_empty(batch, blocks, length, state)
-        dA, dinitial = u.new_empty(batch, state, dim), u.new_empty(batch, state, dim)
-        dD, dbias = u.new_empty(batch, dim), u.new_empty(batch, dim)
-        inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, ctx.use_softplus, lengths)
-        outputs = (du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial)
-        run(
-            _backward, _num_items(u), batch * length * dim * state,
-            *inputs, flat(borders, u), *strided(dy, u), *strided_state(dfinal, u), *(flat(out, u) for out in outputs),
-        )  # fmt: skip
-        return (
-            du, ddelta, sum_partial(dA, 0).t(), sum_partial(dB, 1), sum_partial(dC, 1),
-            None if D is None else sum_partial(dD, 0), dz, None if delta_bias is None else sum_partial(dbias, 0),
-            None, None, dinitial.transpose(1, 2) if ctx.needs_input_grad[10] else None,
-        )  # fmt: skip
+def _scan_backward(gradients, saved, u, delta, A, B, C, D, z, delta_bias, use_softplus, lengths, resets, initial, keep):
+    dy, dfinal, _ = gradients
+    batch, length, dim = u.shape
+    state = A.shape[0]
+    dy = u.new_zeros(u.shape) if dy is None else rows(dy)
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    du, ddelta = u.new_empty(u.shape), u.new_empty(u.shape)
+    dz = None if z is None else u.new_empty(u.shape)
+    blocks = -(-dim // LANES)
+    dB, dC = u.new_empty(batch, blocks, length, state), u.new_empty(batch, blocks, length, state)
+    dA, dinitial = u.new_empty(batch, state, dim), u.new_empty(batch, state, dim)
+    dD, dbias = u.new_empty(batch, dim), u.new_empty(batch, dim)
+    run(
+        _backward, _num_items(u), u.numel() * state,
+        *_arguments(u, delta, A, B, C, D, z, delta_bias, use_softplus, lengths, resets),
+        flat(saved[0], u), *strided(dy, u), flat(dfinal, u),
+        *(flat(out, u) for out in (du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial)),
+    )  # fmt: skip
+    found = [du, ddelta, sum_partial(dA, 0), sum_partial(dB, 1), sum_partial(dC, 1)]
+    if D is not None:
+        found.append(sum_partial(dD, 0))
+    if dz is not None:
+        found.append(dz)
+    if delta_bias is not None:
+        found.append(sum_partial(dbias, 0))
+    if initial is not None:
+        found.append(dinitial)
+    return found
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    *,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    lengths: Tensor | None = None,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """See `cobra.ops.selective_scan`."""
-    dtype = compute_dtype(u)
-    u_, delta, B, C = (rows(tensor.to(dtype)) for tensor in (u, delta, B, C))
-    z = None if z is None else rows(z.to(dtype))
-    A = A.to(dtype).contiguous()
-    D, delta_bias = (None if tensor is None else tensor.to(dtype).contiguous() for tensor in (D, delta_bias))
-    initial_state = None if initial_state is None else initial_state.to(dtype)
-    arguments = (u_, delta, A, B, C, D, z, delta_bias, delta_softplus, lengths, initial_state)
-    if torch.is_grad_enabled():
-        y, final_state = _SelectiveScan.apply(*arguments)
-    else:
-        y, final_state, _ = _scan(*arguments, keep_borders=False)
-    return y.to(u.dtype), final_state
-
-
-def selective_state_update(
-    state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    *,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """See `cobra.ops.selective_state_update`: a sequence of one step."""
-    y, new_state = selective_scan(
-        u[:, None],
-        delta[:, None],
-        A,
-        B[:, None],
-        C[:, None],
-        D,
-        z=None if z is None else z[:, None],
-        delta_bias=delta_bias,
-        delta_softplus=delta_softplus,
-        initial_state=state,
-    )
-    return y[:, 0], new_state
+selective_scan, selective_state_update = scan_functions("cpu", _scan, _scan_backward, _borders_shape, upcast=True)

@@ -115,10 +115,24 @@ for _operator, _instruction in (
 
 
 def _pointer(context, builder, array_type, array, offset, lanes: int) -> ir.Value:
-    data = context.make_array(array_type)(context, builder, array).data
+    is_pointer = isinstance(array_type, types.CPointer)
+    data = array if is_pointer else context.make_array(array_type)(context, builder, array).data
     address = builder.gep(data, [offset])
     element = context.get_data_type(array_type.dtype)
     return builder.bitcast(address, ir.VectorType(element, lanes).as_pointer())
+
+
+@intrinsic
+def pointer(typing_context, address, like):
+    """What `load`, `store` and indexing take as well as an array: an address, and the type of numbers in `like`.
+
+    Unlike arrays, which are counted in an atomic counter whenever a function takes one, pointers cost nothing.
+    """
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.int64, like), generate
 
 
 @intrinsic
@@ -130,6 +144,38 @@ def load(typing_context, array, offset):
         return builder.load(pointer, align=array.dtype.bitwidth // 8)
 
     return Vector(array.dtype)(array, types.intp), generate
+
+
+@intrinsic
+def load_wide(typing_context, array, offset):
+    """`load` as float32, of an array of float32 or of bfloat16 numbers held as uint16."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = _pointer(context, builder, signature.args[0], *arguments, LANES)
+        return _widen(builder, builder.load(pointer, align=array.dtype.bitwidth // 8))
+
+    return Vector(types.float32)(array, types.intp), generate
+
+
+@intrinsic
+def widen(typing_context, number):
+    """One float32, or one bfloat16 held as uint16, as float32."""
+
+    def generate(context, builder, signature, arguments):
+        return _widen(builder, arguments[0])
+
+    return types.float32(number), generate
+
+
+def _widen(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """A bfloat16 is the upper half of a float32."""
+    single, wide, shift = ir.FloatType(), _INT32, 16
+    is_vector = isinstance(value.type, ir.VectorType)
+    if (value.type.element if is_vector else value.type) == single:
+        return value
+    if is_vector:
+        single, wide, shift = ir.VectorType(single, LANES), ir.VectorType(wide, LANES), [shift] * LANES
+    return builder.bitcast(builder.shl(builder.zext(value, wide), ir.Constant(wide, shift)), single)
 
 
 @intrinsic
@@ -234,6 +280,17 @@ def zeros(typing_context, array):
     return vector(array), generate
 
 
+@intrinsic
+def zeros_wide(typing_context):
+    """A float32 vector of zeros."""
+    vector = Vector(types.float32)
+
+    def generate(context, builder, signature, arguments):
+        return ir.Constant(context.get_value_type(vector), [0.0] * LANES)
+
+    return vector(), generate
+
+
 @njit(forceinline=True)
 def load_some(array, offset, count):
     """`load` of the first `count` lanes, zeros in the others."""
@@ -242,6 +299,29 @@ def load_some(array, offset, count):
     vector = zeros(array)
     for lane in range(count):
         vector = _insert(vector, lane, array[offset + lane])
+    return vector
+
+
+@intrinsic
+def _keep_last(typing_context, vector, count):
+    def generate(context, builder, signature, arguments):
+        value, kept = arguments
+        integer = ir.VectorType(_INT32, LANES)
+        first = _splat(builder, builder.sub(_INT32(LANES), builder.trunc(kept, _INT32)))
+        within = builder.icmp_signed(">=", ir.Constant(integer, list(range(LANES))), first)
+        return builder.select(within, value, _constant(value, 0.0))
+
+    return vector(vector, types.intp), generate
+
+
+@njit(forceinline=True)
+def load_wide_last(array, end, count):
+    """The `count` numbers before `end` in the last lanes, zeros in the others; reads what stands before them."""
+    if end >= LANES:
+        return _keep_last(load_wide(array, end - LANES), count)
+    vector = zeros_wide()
+    for k in range(count):
+        vector = _insert(vector, LANES - count + k, widen(array[end - count + k]))
     return vector
 
 

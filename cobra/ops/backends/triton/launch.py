@@ -21,10 +21,10 @@ def sum_partial(partial: Tensor | None, axes: int | tuple[int, ...], like: Tenso
     return None if partial is None or like is None else partial.sum(axes).to(like.dtype)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, on: Tensor, **constants: Any) -> None:
-    """Run a kernel on the device of the tensor `on`, which need not be the current one."""
+def launch(kernel: Any, programs: int, *arguments: Any, on: Tensor, **constants: Any) -> None:
+    """Run that many programs of a kernel on the device of the tensor `on`, which need not be the current one.
+
+    Products and sums may be fused, which Triton 3.10 and later do only if asked to.
+    """
     with torch.cuda.device_of(on):
-        kernel[grid](*arguments, **constants)
-
-
-launch: Any = torch.compiler.disable(_launch)  # torch.compile leaves it as it is, rather than tracing into Triton
+        kernel[(programs,)](*arguments, enable_fp_fusion=True, **constants)

@@ -4,35 +4,35 @@ Bytes that must move per row of `dim` channels (2-byte x, 4-byte residual): forw
 2 + 4 + 4 and writes 2 + 4. About 5 and 12 FLOPs per element: bound by memory. Speed on a GPU has not been measured yet.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .._shared import compute_dtype
-from .launch import launch
+from cobra.errors import BackendError
+
+from .._operators import norm_function
+from .._shared import compute_dtype, rows
+from .functions import load
+from .launch import launch, sum_partial
 
 PROGRAMS = 512  # of the backward pass at most: each sums the weight's gradient over its rows
+MAX_DIM = 65536  # a program holds a whole row in registers
 
 
 # EPS is a constant of the compiled kernel: an argument would be rounded to float32 where sums are float64.
 @triton.jit
-def _forward(
-    x, x_row, residual, residual_row, weight, normed, sums, scales, dim, EPS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _forward(x, residual, weight, normed, sums, scales, dim, EPS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < dim
-    acc = sums.dtype.element_ty
-    value = tl.load(x + row * x_row + channel, mask=inside, other=0.0).to(acc)
+    acc: tl.constexpr = sums.dtype.element_ty
+    value = load(x + row * dim + channel, inside, acc)
     if residual is not None:
-        value += tl.load(residual + row * residual_row + channel, mask=inside, other=0.0).to(acc)
+        value += load(residual + row * dim + channel, inside, acc)
     scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / dim + EPS)
     tl.store(sums + row * dim + channel, value, mask=inside)
     tl.store(scales + row, scale)
-    w = tl.load(weight + channel, mask=inside, other=0.0).to(acc)
-    tl.store(normed + row * dim + channel, value * scale * w, mask=inside)
+    tl.store(normed + row * dim + channel, value * scale * load(weight + channel, inside, acc), mask=inside)
 
 
 @triton.jit
@@ -43,76 +43,67 @@ def _backward(
     program = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < dim
-    acc = sums.dtype.element_ty
-    w = tl.load(weight + channel, mask=inside, other=0.0).to(acc)
+    acc: tl.constexpr = sums.dtype.element_ty
+    w = load(weight + channel, inside, acc)
     dw = tl.zeros([BLOCK], acc)
     for row in range(program * group, tl.minimum((program + 1) * group, num_rows)):
         scale = tl.load(scales + row)
-        unit = tl.load(sums + row * dim + channel, mask=inside, other=0.0) * scale
-        gradient = tl.load(dnormed + row * dnormed_row + channel, mask=inside, other=0.0).to(acc)
+        unit = load(sums + row * dim + channel, inside, acc) * scale
+        gradient = load(dnormed + row * dnormed_row + channel, inside, acc)
         dw += gradient * unit
         gradient *= w
         gradient = (gradient - unit * (tl.sum(gradient * unit, 0) / dim)) * scale
         if dsums is not None:
-            gradient += tl.load(dsums + row * dsums_row + channel, mask=inside, other=0.0).to(acc)
+            gradient += load(dsums + row * dsums_row + channel, inside, acc)
         tl.store(dx + row * dim + channel, gradient, mask=inside)
         if dresidual is not None:
             tl.store(dresidual + row * dim + channel, gradient, mask=inside)
     tl.store(dweight + program * dim + channel, dw, mask=inside)
 
 
-def _matrix(tensor: Tensor | None) -> tuple[Tensor | None, int]:
-    """[..., dim] as rows with a contiguous last axis, and the stride of a row; a view where that is possible."""
-    if tensor is None:
-        return None, 0
-    matrix = tensor.reshape(-1, tensor.shape[-1])
-    matrix = matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
-    return matrix, matrix.stride(0)
-
-
 def _tile(dim: int) -> dict[str, int]:
+    if dim > MAX_DIM:
+        raise BackendError(
+            f"The ops backend 'triton' normalises at most {MAX_DIM} channels, x has {dim}; use 'reference'."
+        )
     block = triton.next_power_of_2(dim)
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 
-class _AddRmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, residual, weight, eps):
-        dim, acc = x.shape[-1], compute_dtype(x)
-        num_rows = x.numel() // dim
-        normed, sums = x.new_empty(x.shape), x.new_empty(x.shape, dtype=acc)
-        scales = x.new_empty(num_rows, dtype=acc)
-        launch(
-            _forward, (num_rows,), *_matrix(x), *_matrix(residual), weight.contiguous(), normed, sums, scales, dim,
-            on=x, EPS=float(eps), **_tile(dim),
-        )  # fmt: skip
-        ctx.save_for_backward(sums, scales, weight)
-        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
-        ctx.set_materialize_grads(False)
-        return normed, sums
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dnormed, dsums):
-        sums, scales, weight = ctx.saved_tensors
-        x_dtype, residual_dtype = ctx.dtypes
-        if dnormed is None:
-            if dsums is None:
-                return None, None, None, None
-            return dsums.to(x_dtype), None if residual_dtype is None else dsums.to(residual_dtype), None, None
-        dim, num_rows = sums.shape[-1], scales.numel()
-        group = -(-num_rows // PROGRAMS)
-        programs = -(-num_rows // group)
-        dx = sums.new_empty(sums.shape, dtype=x_dtype)
-        dresidual = None if residual_dtype is None else sums.new_empty(sums.shape, dtype=residual_dtype)
-        dweight = sums.new_empty(programs, dim)
-        launch(
-            _backward, (programs,), sums, scales, weight.contiguous(), *_matrix(dnormed), *_matrix(dsums),
-            dx, dresidual, dweight, num_rows, dim, group, on=sums, **_tile(dim),
-        )  # fmt: skip
-        return dx, dresidual, dweight.sum(0).to(weight.dtype), None
+def _normalise(x, residual, weight, eps):
+    num_rows, dim = x.shape
+    acc = compute_dtype(x)
+    normed, sums, scales = x.new_empty(x.shape), x.new_empty(x.shape, dtype=acc), x.new_empty(num_rows, dtype=acc)
+    launch(_forward, num_rows, x, residual, weight, normed, sums, scales, dim, on=x, EPS=eps, **_tile(dim))
+    return normed, sums, scales
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `cobra.ops.add_rms_norm`."""
-    return _AddRmsNorm.apply(x, residual, weight, eps)
+def _normalise_backward(gradients, saved, x, residual, weight, eps):
+    dnormed, dsums, _ = gradients
+    sums, scales = saved
+    num_rows, dim = x.shape
+    dx = x.new_empty(x.shape)
+    dresidual = None if residual is None else residual.new_empty(residual.shape)
+    if dnormed is None:
+        sums_alone = [out.copy_(dsums) for out in (dx, dresidual) if out is not None]
+        return [*sums_alone, weight.new_zeros(weight.shape)]
+    group = -(-num_rows // PROGRAMS)
+    programs = -(-num_rows // group)
+    dweight = sums.new_empty(programs, dim)
+    launch(
+        _backward, programs, sums, scales, weight, *_strided(dnormed), *_strided(dsums), dx, dresidual, dweight,
+        num_rows, dim, group, on=sums, **_tile(dim),
+    )  # fmt: skip
+    found = [dx, dresidual, sum_partial(dweight, 0, weight)]
+    return [gradient for gradient in found if gradient is not None]
+
+
+def _strided(matrix: Tensor | None) -> tuple[Tensor | None, int]:
+    """A gradient as the kernel takes it: pointer, stride of a row."""
+    if matrix is None:
+        return None, 0
+    matrix = rows(matrix)
+    return matrix, matrix.stride(0)
+
+
+add_rms_norm = norm_function("triton", _normalise, _normalise_backward, upcast=False)

@@ -13,9 +13,10 @@ No sum uses atomics, so results repeat bit for bit.
 
 Cost, L steps, D channels, N states, chunks of T steps, per row of the batch, e bytes per input element:
 
-    forward       moves (4 e L D) + 2 e L N, several chunks 2 e L D + 12 L D N / T more
+    forward       moves (4 e L D) + 2 e L N, several chunks 2 e L D + 12 L D N / T more; lengths e L D more
     backward      moves (7 e L D) + scratch 8 L D N / SUB + partial dB, dC 16 L N D / BLOCK_D;
-                  several chunks 3 e L D + 12 L D N / T more
+                  several chunks 3 e L D + 12 L D N / T more; lengths 3 e L D + 8 L N D / BLOCK_D more
+    resets        1 byte per step, block of channels and pass over the recurrence
     memory        from forward to backward 4 L D N / T bytes beside the inputs, with one chunk only the initial state;
                   within the backward pass 4 L D N / SUB of scratch and 8 L N D / BLOCK_D of partial sums
     arithmetic    per step, channel and state about 1 exp + 6 FLOPs in each pass over the recurrence: forward 1 pass (2
@@ -26,10 +27,13 @@ measured yet: BLOCK_D, MIN_CHUNK and PROGRAMS are estimates, and SUB is what the
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from cobra.errors import BackendError
+
+from .._operators import scan_functions
 from .._shared import compute_dtype, rows
 from . import scan_kernels as kernels
 from .launch import launch, strided, sum_partial, zeros_behind
@@ -38,6 +42,7 @@ BLOCK_D = 32  # channels of a program: one warp's lanes
 SUB = 4  # states held in registers in the backward pass; with N = 16, 8 of them spill
 MIN_CHUNK = 32
 PROGRAMS = 2048  # about what a large GPU needs in flight to hide latencies: 16 warps on each of 132 multiprocessors
+MAX_STATE = 256  # beyond it the backward pass would live in spilled registers
 
 
 def chunk_length(batch: int, length: int, dim: int) -> int:
@@ -48,149 +53,103 @@ def chunk_length(batch: int, length: int, dim: int) -> int:
 
 
 def _constants(A: Tensor) -> dict[str, int]:
-    size = max(triton.next_power_of_2(A.shape[1]), 2)
-    return {"STATE": A.shape[1], "N": size, "BLOCK_D": BLOCK_D, "num_warps": min(max(size // 16, 1), 16)}
+    state = A.shape[0]
+    if state > MAX_STATE:
+        raise BackendError(
+            f"The ops backend 'triton' takes at most {MAX_STATE} states per channel, A has {state}; use 'reference'."
+        )
+    size = max(triton.next_power_of_2(state), 2)
+    return {"STATE": state, "N": size, "BLOCK_D": BLOCK_D, "num_warps": max(size // 16, 1)}
 
 
-def _combine(states: Tensor, sums: Tensor, initial: Tensor | None, A: Tensor, *, reverse: bool) -> None:
+def _cuts(resets: Tensor | None, lengths: Tensor | None, chunk: int) -> Tensor | None:
+    """[batch, chunks]: where a text begins inside a chunk, so that nothing passes through it; None without resets."""
+    if resets is None:
+        return None
+    batch, length = resets.shape
+    if lengths is not None:
+        resets = resets & (torch.arange(length, device=resets.device) < lengths[:, None])
+    return F.pad(resets, (0, -length % chunk)).view(batch, -1, chunk).any(-1)
+
+
+def _combine(
+    states: Tensor, sums: Tensor, initial: Tensor | None, A: Tensor, cuts: Tensor | None, *, reverse: bool
+) -> None:
     batch, chunks, _, dim = states.shape
     launch(
-        kernels.combine, (-(-dim // BLOCK_D), batch), states, sums, initial, A, *A.stride(), chunks, dim,
+        kernels.combine, batch * -(-dim // BLOCK_D), states, sums, initial, A, cuts, chunks, dim,
         on=states, REVERSE=reverse, **_constants(A),
     )  # fmt: skip
 
 
-def _scan(u, delta, A, B, C, D, z, delta_bias, use_softplus, lengths, initial, chunk):
-    """Outputs, the final state and the states that chunks start from, None if that is one zero state."""
+def _starts_shape(batch: int, length: int, dim: int, state: int) -> tuple[int, ...]:
+    chunks = -(-length // chunk_length(batch, length, dim))
+    return (batch, chunks, state, dim) if chunks > 1 else (0,)
+
+
+def _scan(u, delta, A, B, C, D, z, bias, use_softplus, lengths, resets, initial, keep):
+    """Outputs, final state and, for the backward pass, the states that chunks start from; one starts from `initial`."""
     batch, length, dim = u.shape
-    state = A.shape[1]
-    acc = compute_dtype(u)
-    chunks = -(-length // chunk)
-    grid = (chunks, -(-dim // BLOCK_D), batch)
+    state, acc, chunk = A.shape[0], compute_dtype(u), chunk_length(batch, length, dim)
+    chunks, blocks = -(-length // chunk), -(-dim // BLOCK_D)
     constants = _constants(A) | {"SOFTPLUS": use_softplus}
     starts = initial
     if chunks > 1:
         starts = u.new_empty(batch, chunks, state, dim, dtype=acc)
         sums = u.new_empty(batch, chunks, dim, dtype=acc)
         launch(
-            kernels.chunk_states, grid, *strided(u), *strided(delta), *strided(B), A, *A.stride(), delta_bias, lengths,
-            starts, sums, length, dim, chunk, on=u, **constants,
+            kernels.chunk_states, batch * chunks * blocks, *strided(u), *strided(delta), *strided(B),
+            A, bias, lengths, resets, starts, sums, length, dim, chunk, on=u, **constants,
         )  # fmt: skip
-        _combine(starts, sums, initial, A, reverse=False)
+        _combine(starts, sums, initial, A, _cuts(resets, lengths, chunk), reverse=False)
     y = zeros_behind(lengths, u, u.shape, u.dtype)
     final = u.new_empty(batch, state, dim, dtype=acc)
     launch(
-        kernels.forward, grid, *strided(u), *strided(delta), *strided(z), *strided(B), *strided(C), A, *A.stride(),
-        D, delta_bias, lengths, starts, y, final, length, dim, chunk, on=u, **constants,
+        kernels.forward, batch * chunks * blocks, *strided(u), *strided(delta), *strided(z), *strided(B), *strided(C),
+        A, D, bias, lengths, resets, starts, y, final, length, dim, chunk, on=u, **constants,
     )  # fmt: skip
-    return y, final, starts
+    return y, final, starts if keep and chunks > 1 else u.new_empty(0, dtype=acc)
 
 
-class _SelectiveScan(torch.autograd.Function):
-    """States are [batch, state, dim] here."""
+def _scan_backward(gradients, saved, u, delta, A, B, C, D, z, bias, use_softplus, lengths, resets, initial, keep):
+    dy, dfinal, _ = gradients
+    batch, length, dim = u.shape
+    state, acc, chunk = A.shape[0], compute_dtype(u), chunk_length(batch, length, dim)
+    chunks, blocks = -(-length // chunk), -(-dim // BLOCK_D)
+    constants = _constants(A) | {"SOFTPLUS": use_softplus}
+    dy = u.new_zeros(1, 1, dim).expand(u.shape) if dy is None else rows(dy)
+    starts, ends = initial, None if dfinal is None else dfinal.contiguous()
 
-    @staticmethod
-    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, use_softplus, lengths, initial):
-        chunk = chunk_length(*u.shape)
-        y, final, starts = _scan(u, delta, A, B, C, D, z, delta_bias, use_softplus, lengths, initial, chunk)
-        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, lengths, starts)
-        ctx.use_softplus, ctx.chunk, ctx.has_initial = use_softplus, chunk, initial is not None
-        ctx.set_materialize_grads(False)
-        return y, final
+    def new(*shape: int) -> Tensor:
+        return u.new_empty(shape, dtype=acc)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dfinal):
-        u, delta, A, B, C, D, z, bias, lengths, starts = ctx.saved_tensors
-        batch, length, dim = u.shape
-        state, chunk, acc = A.shape[1], ctx.chunk, compute_dtype(u)
-        chunks, blocks = -(-length // chunk), -(-dim // BLOCK_D)
-        grid = (chunks, blocks, batch)
-        constants = _constants(A) | {"SOFTPLUS": ctx.use_softplus}
-        dy = u.new_zeros(1, 1, dim).expand(u.shape) if dy is None else rows(dy)
-        ends = None if dfinal is None else dfinal.contiguous()
-        if chunks > 1:
-            dfinal = ends
-            ends = u.new_empty(batch, chunks, state, dim, dtype=acc)
-            sums = u.new_empty(batch, chunks, dim, dtype=acc)
-            launch(
-                kernels.chunk_adjoints, grid, *strided(delta), *strided(z), *strided(C), *strided(dy), A, *A.stride(),
-                bias, lengths, ends, sums, length, dim, chunk, on=u, **constants,
-            )  # fmt: skip
-            _combine(ends, sums, dfinal, A, reverse=True)
-
-        def new(*shape: int) -> Tensor:
-            return u.new_empty(shape, dtype=acc)
-
-        du, ddelta = (zeros_behind(lengths, u, u.shape, tensor.dtype) for tensor in (u, delta))
-        dz = None if z is None else zeros_behind(lengths, u, u.shape, z.dtype)
-        dB, dC = (zeros_behind(lengths, u, (batch, blocks, length, state), acc) for _ in range(2))
-        dA = new(batch, chunks, state, dim)
-        dD = None if D is None else new(batch, chunks, dim)
-        dbias = None if bias is None else new(batch, chunks, dim)
-        dinitial = new(batch, state, dim) if ctx.has_initial else None
+    if chunks > 1:
+        starts, behind = saved[0], ends
+        ends, sums = new(batch, chunks, state, dim), new(batch, chunks, dim)
         launch(
-            kernels.backward, grid,
-            *strided(u), *strided(delta), *strided(z), *strided(B), *strided(C), *strided(dy), A, *A.stride(),
-            D, bias, lengths, starts, ends, new(batch, -(-length // SUB), state, dim),
-            du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial, length, dim, chunk, on=u, SUB=SUB, **constants,
+            kernels.chunk_adjoints, batch * chunks * blocks, *strided(delta), *strided(z), *strided(C), *strided(dy),
+            A, bias, lengths, resets, ends, sums, length, dim, chunk, on=u, **constants,
         )  # fmt: skip
-        return (
-            du, ddelta, dA.sum((0, 1)).t().to(A.dtype), sum_partial(dB, 1, B), sum_partial(dC, 1, C),
-            sum_partial(dD, (0, 1), D), dz, sum_partial(dbias, (0, 1), bias), None, None, dinitial,
-        )  # fmt: skip
+        _combine(ends, sums, behind, A, _cuts(resets, lengths, chunk), reverse=True)
+
+    du, ddelta = (zeros_behind(lengths, u, u.shape, tensor.dtype) for tensor in (u, delta))
+    dz = None if z is None else zeros_behind(lengths, u, u.shape, z.dtype)
+    dB, dC = (zeros_behind(lengths, u, (batch, blocks, length, state), acc) for _ in range(2))
+    dA = new(batch, chunks, state, dim)
+    dD = None if D is None else new(batch, chunks, dim)
+    dbias = None if bias is None else new(batch, chunks, dim)
+    dinitial = None if initial is None else new(batch, state, dim)
+    launch(
+        kernels.backward, batch * chunks * blocks,
+        *strided(u), *strided(delta), *strided(z), *strided(B), *strided(C), *strided(dy),
+        A, D, bias, lengths, resets, starts, ends, new(batch, -(-length // SUB), state, dim),
+        du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial, length, dim, chunk, on=u, SUB=SUB, **constants,
+    )  # fmt: skip
+    found = [
+        du, ddelta, sum_partial(dA, (0, 1), A), sum_partial(dB, 1, B), sum_partial(dC, 1, C),
+        sum_partial(dD, (0, 1), D), dz, sum_partial(dbias, (0, 1), bias), dinitial,
+    ]  # fmt: skip
+    return [gradient for gradient in found if gradient is not None]
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    *,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    lengths: Tensor | None = None,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """See `cobra.ops.selective_scan`."""
-    u, delta, B, C = (rows(tensor) for tensor in (u, delta, B, C))
-    z = None if z is None else rows(z)
-    D, delta_bias = (None if tensor is None else tensor.contiguous() for tensor in (D, delta_bias))
-    if lengths is not None:
-        lengths = lengths.to(u.device, torch.int64).clamp(0, u.shape[1])
-    # Kernels hold states as [batch, state, dim], and so does a state that came from here: then this copies nothing.
-    initial = None if initial_state is None else initial_state.transpose(1, 2).to(compute_dtype(u)).contiguous()
-    y, final = _SelectiveScan.apply(u, delta, A, B, C, D, z, delta_bias, delta_softplus, lengths, initial)
-    return y, final.transpose(1, 2)
-
-
-def selective_state_update(
-    state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    *,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """See `cobra.ops.selective_state_update`: a sequence of one step."""
-    y, new_state = selective_scan(
-        u[:, None],
-        delta[:, None],
-        A,
-        B[:, None],
-        C[:, None],
-        D,
-        z=None if z is None else z[:, None],
-        delta_bias=delta_bias,
-        delta_softplus=delta_softplus,
-        initial_state=state,
-    )
-    return y[:, 0], new_state
+selective_scan, selective_state_update = scan_functions("triton", _scan, _scan_backward, _starts_shape, upcast=False)

@@ -5,7 +5,8 @@ holds state-like values as [N, BLOCK_D] tiles: channels across the lanes of a wa
 lane's registers, so that sums over the state need no exchange between lanes. N is the state size as a power of two;
 what is added is zero in A, B, C and h and stays zero. Time indices are int64: offsets of long sequences pass 2^31.
 
-Tensors named without strides are contiguous: states and starts [batch, chunks, state, dim], sums [batch, chunks, dim].
+Tensors named without strides are contiguous: A and initial states [..., state, dim], states and starts [batch, chunks,
+state, dim], sums [batch, chunks, dim], resets [batch, length].
 """
 # Triton compiles loops and constants that pyright takes for Python's.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
@@ -13,7 +14,16 @@ Tensors named without strides are contiguous: states and starts [batch, chunks, 
 import triton
 import triton.language as tl
 
-from .functions import load_tile, sigmoid, silu_slope, softplus, store_tile
+from .functions import load, load_tile, load_vector, place, row_end, sigmoid, silu_slope, softplus, store_tile
+
+
+@triton.jit
+def _work(lengths, length, dim, chunk, BLOCK_D: tl.constexpr):
+    """This program's row, its chunk among those of all rows, first step and one past the last, block and channels."""
+    chunks = tl.cdiv(length, chunk)
+    row, piece, block, channel = place(chunks, dim, BLOCK_D)
+    begin = piece * chunk
+    return row, row * chunks + piece, begin, tl.minimum(begin + chunk, row_end(lengths, row, length)), block, channel
 
 
 @triton.jit
@@ -23,70 +33,58 @@ def _step_size(raw, bias, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def _range(lengths, row, length, chunk):
-    """First step of this program's chunk, and one past its last; none if the row ends earlier."""
-    begin = tl.program_id(0).to(tl.int64) * chunk
-    end = begin * 0 + length
-    if lengths is not None:
-        end = tl.minimum(end, tl.load(lengths + row))
-    return begin, tl.minimum(begin + chunk, end)
+def _advance(h, dt, a, u, b):
+    """One step of the recurrence."""
+    return tl.exp(dt[None, :] * a) * h + (dt * u)[None, :] * b[:, None]
 
 
 @triton.jit
-def _vector(pointer, channel, inside, acc: tl.constexpr):
-    """[BLOCK_D] values of an optional parameter; zeros if it is None."""
-    if pointer is None:
-        return tl.zeros([channel.shape[0]], acc)
+def _forget(tile, cuts, at, within):
+    """A state, or its gradient: zero where `cuts` is true, by selection, since it may hold another text's NaN."""
+    if cuts is None:
+        return tile
     else:  # noqa: RET505  Triton decides this at compile time and needs both branches
-        return tl.load(pointer + channel, mask=inside, other=0.0).to(acc)
+        return tl.where(tl.load(cuts + at, mask=within, other=False), 0.0, tile)
 
 
 @triton.jit
 def chunk_states(
-    u, u_row, u_step, delta, delta_row, delta_step, B, B_row, B_step, A, A_channel, A_state, bias, lengths,
+    u, u_row, u_step, delta, delta_row, delta_step, B, B_row, B_step, A, bias, lengths, resets,
     states, sums, length, dim, chunk,
     STATE: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """Each chunk alone: the state that it leaves if it starts from zero, and the sum of its step sizes."""
     acc: tl.constexpr = states.dtype.element_ty
-    row = tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = channel < dim
-    n = tl.arange(0, N)
-    begin, end = _range(lengths, row, length, chunk)
-    a = load_tile(A, n, A_state, STATE, channel, A_channel, dim).to(acc)
-    bias_vector = _vector(bias, channel, inside, acc)
+    row, at_chunk, begin, end, _, channel = _work(lengths, length, dim, chunk, BLOCK_D)
+    n, inside = tl.arange(0, N), channel < dim
+    a = load_tile(A, 0, n, STATE, channel, dim, acc)
+    bias_vector = load_vector(bias, channel, dim, acc)
     u += row * u_row + channel
     delta += row * delta_row + channel
     B += row * B_row + n
     h = tl.zeros([N, BLOCK_D], acc)
     total = tl.zeros([BLOCK_D], acc)
     for t in range(begin, end):
-        dt = _step_size(tl.load(delta + t * delta_step, mask=inside, other=0.0).to(acc), bias_vector, SOFTPLUS)
-        x = dt * tl.load(u + t * u_step, mask=inside, other=0.0).to(acc)
-        b = tl.load(B + t * B_step, mask=n < STATE, other=0.0).to(acc)
-        h = tl.exp(dt[None, :] * a) * h + x[None, :] * b[:, None]
+        dt = _step_size(load(delta + t * delta_step, inside, acc), bias_vector, SOFTPLUS)
+        h = _forget(h, resets, row * length + t, t < end)
+        h = _advance(h, dt, a, load(u + t * u_step, inside, acc), load(B + t * B_step, n < STATE, acc))
         total += dt
-    at = row * tl.num_programs(0) + tl.program_id(0)
-    store_tile(states + at * STATE * dim, h, n, STATE, channel, dim)
-    tl.store(sums + at * dim + channel, total, mask=inside)
+    store_tile(states, at_chunk, h, n, STATE, channel, dim)
+    tl.store(sums + at_chunk * dim + channel, total, mask=inside)
 
 
 @triton.jit
 def chunk_adjoints(
-    delta, delta_row, delta_step, z, z_row, z_step, C, C_row, C_step, dy, dy_row, dy_step, A, A_channel, A_state,
-    bias, lengths, states, sums, length, dim, chunk,
+    delta, delta_row, delta_step, z, z_row, z_step, C, C_row, C_step, dy, dy_row, dy_step, A, bias, lengths, resets,
+    states, sums, length, dim, chunk,
     STATE: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """Each chunk alone: the gradient of the state before it if none comes from behind it, and its step sizes' sum."""
     acc: tl.constexpr = states.dtype.element_ty
-    row = tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = channel < dim
-    n = tl.arange(0, N)
-    begin, end = _range(lengths, row, length, chunk)
-    a = load_tile(A, n, A_state, STATE, channel, A_channel, dim).to(acc)
-    bias_vector = _vector(bias, channel, inside, acc)
+    row, at_chunk, begin, end, _, channel = _work(lengths, length, dim, chunk, BLOCK_D)
+    n, inside = tl.arange(0, N), channel < dim
+    a = load_tile(A, 0, n, STATE, channel, dim, acc)
+    bias_vector = load_vector(bias, channel, dim, acc)
     delta += row * delta_row + channel
     C += row * C_row + n
     dy += row * dy_row + channel
@@ -96,61 +94,55 @@ def chunk_adjoints(
     total = tl.zeros([BLOCK_D], acc)
     for i in range(0, end - begin):
         t = end - 1 - i
-        dt = _step_size(tl.load(delta + t * delta_step, mask=inside, other=0.0).to(acc), bias_vector, SOFTPLUS)
-        gradient = tl.load(dy + t * dy_step, mask=inside, other=0.0).to(acc)
+        dt = _step_size(load(delta + t * delta_step, inside, acc), bias_vector, SOFTPLUS)
+        gradient = load(dy + t * dy_step, inside, acc)
         if z is not None:
-            gate = tl.load(z + t * z_step, mask=inside, other=0.0).to(acc)
+            gate = load(z + t * z_step, inside, acc)
             gradient *= gate * sigmoid(gate)
-        c = tl.load(C + t * C_step, mask=n < STATE, other=0.0).to(acc)
+        c = load(C + t * C_step, n < STATE, acc)
         dh = tl.exp(dt[None, :] * a) * (dh + gradient[None, :] * c[:, None])
+        dh = _forget(dh, resets, row * length + t, t < end)
         total += dt
-    at = row * tl.num_programs(0) + tl.program_id(0)
-    store_tile(states + at * STATE * dim, dh, n, STATE, channel, dim)
-    tl.store(sums + at * dim + channel, total, mask=inside)
+    store_tile(states, at_chunk, dh, n, STATE, channel, dim)
+    tl.store(sums + at_chunk * dim + channel, total, mask=inside)
 
 
 @triton.jit
 def combine(
-    states, sums, initial, A, A_channel, A_state, chunks, dim,
+    states, sums, initial, A, cuts, chunks, dim,
     STATE: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Turn what each chunk leaves alone into what each chunk starts from, in place; backwards in time if REVERSE.
 
-    The decay of a whole chunk is exp(A sum(dt)), because A is diagonal and does not change. `initial` is contiguous,
-    [batch, state, dim], or None for zeros.
+    The decay of a whole chunk is exp(A sum(dt)), because A is diagonal and does not change. `initial` is [batch, state,
+    dim], or None for zeros. Through a chunk where `cuts`, [batch, chunks], is true nothing passes.
     """
     acc: tl.constexpr = states.dtype.element_ty
-    row = tl.program_id(1).to(tl.int64)
-    channel = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    n = tl.arange(0, N)
-    a = load_tile(A, n, A_state, STATE, channel, A_channel, dim).to(acc)
-    h = tl.zeros([N, BLOCK_D], acc)
-    if initial is not None:
-        h += load_tile(initial + row * STATE * dim, n, dim, STATE, channel, 1, dim)
+    row, _, _, channel = place(1, dim, BLOCK_D)
+    n, inside = tl.arange(0, N), channel < dim
+    a = load_tile(A, 0, n, STATE, channel, dim, acc)
+    h = load_tile(initial, row, n, STATE, channel, dim, acc)
     for i in range(0, chunks):
         at = row * chunks + (chunks - 1 - i if REVERSE else i)
-        alone = load_tile(states + at * STATE * dim, n, dim, STATE, channel, 1, dim)
-        total = tl.load(sums + at * dim + channel, mask=channel < dim, other=0.0)
-        store_tile(states + at * STATE * dim, h, n, STATE, channel, dim)
-        h = tl.exp(total[None, :] * a) * h + alone
+        alone = load_tile(states, at, n, STATE, channel, dim, acc)
+        total = load(sums + at * dim + channel, inside, acc)
+        store_tile(states, at, h, n, STATE, channel, dim)
+        h = _forget(tl.exp(total[None, :] * a) * h, cuts, at, i < chunks) + alone
 
 
 @triton.jit
 def forward(
     u, u_row, u_step, delta, delta_row, delta_step, z, z_row, z_step, B, B_row, B_step, C, C_row, C_step,
-    A, A_channel, A_state, D, bias, lengths, starts, y, final, length, dim, chunk,
+    A, D, bias, lengths, resets, starts, y, final, length, dim, chunk,
     STATE: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """Outputs of every chunk from its starting state; the last chunk writes the final state, [batch, state, dim]."""
     acc: tl.constexpr = final.dtype.element_ty
-    row = tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = channel < dim
-    n = tl.arange(0, N)
-    begin, end = _range(lengths, row, length, chunk)
-    a = load_tile(A, n, A_state, STATE, channel, A_channel, dim).to(acc)
-    bias_vector = _vector(bias, channel, inside, acc)
-    skip = _vector(D, channel, inside, acc)
+    row, at_chunk, begin, end, _, channel = _work(lengths, length, dim, chunk, BLOCK_D)
+    n, inside = tl.arange(0, N), channel < dim
+    a = load_tile(A, 0, n, STATE, channel, dim, acc)
+    bias_vector = load_vector(bias, channel, dim, acc)
+    skip = load_vector(D, channel, dim, acc)
     u += row * u_row + channel
     delta += row * delta_row + channel
     B += row * B_row + n
@@ -158,29 +150,25 @@ def forward(
     y += row * length * dim + channel
     if z is not None:
         z += row * z_row + channel
-    h = tl.zeros([N, BLOCK_D], acc)
-    if starts is not None:
-        at = row * tl.num_programs(0) + tl.program_id(0)
-        h += load_tile(starts + at * STATE * dim, n, dim, STATE, channel, 1, dim)
+    h = load_tile(starts, at_chunk, n, STATE, channel, dim, acc)
     for t in range(begin, end):
-        dt = _step_size(tl.load(delta + t * delta_step, mask=inside, other=0.0).to(acc), bias_vector, SOFTPLUS)
-        u_t = tl.load(u + t * u_step, mask=inside, other=0.0).to(acc)
-        b = tl.load(B + t * B_step, mask=n < STATE, other=0.0).to(acc)
-        c = tl.load(C + t * C_step, mask=n < STATE, other=0.0).to(acc)
-        h = tl.exp(dt[None, :] * a) * h + (dt * u_t)[None, :] * b[:, None]
-        out = tl.sum(h * c[:, None], 0) + skip * u_t
+        dt = _step_size(load(delta + t * delta_step, inside, acc), bias_vector, SOFTPLUS)
+        u_t = load(u + t * u_step, inside, acc)
+        h = _forget(h, resets, row * length + t, t < end)
+        h = _advance(h, dt, a, u_t, load(B + t * B_step, n < STATE, acc))
+        out = tl.sum(h * load(C + t * C_step, n < STATE, acc)[:, None], 0) + skip * u_t
         if z is not None:
-            gate = tl.load(z + t * z_step, mask=inside, other=0.0).to(acc)
+            gate = load(z + t * z_step, inside, acc)
             out *= gate * sigmoid(gate)
         tl.store(y + t * dim, out, mask=inside)
-    if tl.program_id(0) == tl.num_programs(0) - 1:
-        store_tile(final + row * STATE * dim, h, n, STATE, channel, dim)
+    if begin + chunk >= length:
+        store_tile(final, row, h, n, STATE, channel, dim)
 
 
 @triton.jit
 def backward(
     u, u_row, u_step, delta, delta_row, delta_step, z, z_row, z_step, B, B_row, B_step, C, C_row, C_step,
-    dy, dy_row, dy_step, A, A_channel, A_state, D, bias, lengths, starts, ends, scratch,
+    dy, dy_row, dy_step, A, D, bias, lengths, resets, starts, ends, scratch,
     du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial, length, dim, chunk,
     STATE: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTPLUS: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
@@ -193,15 +181,11 @@ def backward(
     over one chunk, [batch, chunks, state, dim] and [batch, chunks, dim]. dinitial is [batch, state, dim].
     """
     acc: tl.constexpr = scratch.dtype.element_ty
-    row = tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = channel < dim
-    n = tl.arange(0, N)
-    begin, end = _range(lengths, row, length, chunk)
-    at_chunk = row * tl.num_programs(0) + tl.program_id(0)
-    a = load_tile(A, n, A_state, STATE, channel, A_channel, dim).to(acc)
-    bias_vector = _vector(bias, channel, inside, acc)
-    skip = _vector(D, channel, inside, acc)
+    row, at_chunk, begin, end, block, channel = _work(lengths, length, dim, chunk, BLOCK_D)
+    n, inside = tl.arange(0, N), channel < dim
+    a = load_tile(A, 0, n, STATE, channel, dim, acc)
+    bias_vector = load_vector(bias, channel, dim, acc)
+    skip = load_vector(D, channel, dim, acc)
     u += row * u_row + channel
     delta += row * delta_row + channel
     B += row * B_row + n
@@ -212,53 +196,47 @@ def backward(
     if z is not None:
         z += row * z_row + channel
         dz += row * length * dim + channel
-    partial = (row * tl.num_programs(1) + tl.program_id(1)) * length * STATE + n
-    scratch += row * tl.cdiv(length, SUB) * STATE * dim
+    partial = (row * tl.cdiv(dim, BLOCK_D) + block) * length * STATE + n
+    at_scratch = row * tl.cdiv(length, SUB)
 
-    h = tl.zeros([N, BLOCK_D], acc)
-    if starts is not None:
-        h += load_tile(starts + at_chunk * STATE * dim, n, dim, STATE, channel, 1, dim)
+    h = load_tile(starts, at_chunk, n, STATE, channel, dim, acc)
     for t in range(begin, end):
         if t % SUB == 0:
-            store_tile(scratch + (t // SUB) * STATE * dim, h, n, STATE, channel, dim)
-        dt = _step_size(tl.load(delta + t * delta_step, mask=inside, other=0.0).to(acc), bias_vector, SOFTPLUS)
-        x = dt * tl.load(u + t * u_step, mask=inside, other=0.0).to(acc)
-        b = tl.load(B + t * B_step, mask=n < STATE, other=0.0).to(acc)
-        h = tl.exp(dt[None, :] * a) * h + x[None, :] * b[:, None]
+            store_tile(scratch, at_scratch + t // SUB, h, n, STATE, channel, dim)
+        dt = _step_size(load(delta + t * delta_step, inside, acc), bias_vector, SOFTPLUS)
+        h = _forget(h, resets, row * length + t, t < end)
+        h = _advance(h, dt, a, load(u + t * u_step, inside, acc), load(B + t * B_step, n < STATE, acc))
     tl.debug_barrier()  # another thread of this program may read back what this one wrote
 
-    dh = tl.zeros([N, BLOCK_D], acc)
-    if ends is not None:
-        dh += load_tile(ends + at_chunk * STATE * dim, n, dim, STATE, channel, 1, dim)
+    dh = load_tile(ends, at_chunk, n, STATE, channel, dim, acc)
     dA_tile = tl.zeros([N, BLOCK_D], acc)
     dD_vector = tl.zeros([BLOCK_D], acc)
     dbias_vector = tl.zeros([BLOCK_D], acc)
     pieces = tl.cdiv(tl.maximum(end - begin, 0), SUB)
     for i in range(0, pieces):
         first = begin + (pieces - 1 - i) * SUB
-        states = (load_tile(scratch + (first // SUB) * STATE * dim, n, dim, STATE, channel, 1, dim),)
+        states = (load_tile(scratch, at_scratch + first // SUB, n, STATE, channel, dim, acc),)
         for k in tl.static_range(SUB):
             t = first + k
             # Behind the end no channel is live: everything loaded is zero, and so is the step, which changes nothing.
             live = channel < tl.where(t < end, dim, 0)
             live_n = n < tl.where(t < end, STATE, 0)
-            dt = _step_size(tl.load(delta + t * delta_step, mask=live, other=0.0).to(acc), bias_vector, SOFTPLUS)
-            dt = tl.where(live, dt, 0.0)
-            x = dt * tl.load(u + t * u_step, mask=live, other=0.0).to(acc)
-            b = tl.load(B + t * B_step, mask=live_n, other=0.0).to(acc)
-            states = states + (tl.exp(dt[None, :] * a) * states[k] + x[None, :] * b[:, None],)  # noqa: RUF005
+            dt = tl.where(live, _step_size(load(delta + t * delta_step, live, acc), bias_vector, SOFTPLUS), 0.0)
+            h = _forget(states[k], resets, row * length + t, t < end)
+            h = _advance(h, dt, a, load(u + t * u_step, live, acc), load(B + t * B_step, live_n, acc))
+            states = states + (h,)  # noqa: RUF005
         for k in tl.static_range(SUB - 1, -1, -1):
             t = first + k
             live = channel < tl.where(t < end, dim, 0)
             live_n = n < tl.where(t < end, STATE, 0)
-            raw = tl.load(delta + t * delta_step, mask=live, other=0.0).to(acc)
+            raw = load(delta + t * delta_step, live, acc)
             dt = tl.where(live, _step_size(raw, bias_vector, SOFTPLUS), 0.0)
-            u_t = tl.load(u + t * u_step, mask=live, other=0.0).to(acc)
-            b = tl.load(B + t * B_step, mask=live_n, other=0.0).to(acc)
-            c = tl.load(C + t * C_step, mask=live_n, other=0.0).to(acc)
-            gradient = tl.load(dy + t * dy_step, mask=live, other=0.0).to(acc)
+            u_t = load(u + t * u_step, live, acc)
+            b = load(B + t * B_step, live_n, acc)
+            c = load(C + t * C_step, live_n, acc)
+            gradient = load(dy + t * dy_step, live, acc)
             if z is not None:
-                gate = tl.load(z + t * z_step, mask=live, other=0.0).to(acc)
+                gate = load(z + t * z_step, live, acc)
                 s = sigmoid(gate)
                 ungated = tl.sum(states[k + 1] * c[:, None], 0) + skip * u_t
                 tl.store(dz + t * dim, gradient * ungated * silu_slope(gate, s), mask=live)
@@ -269,7 +247,8 @@ def backward(
             tl.store(dB + out, tl.sum(dh * (dt * u_t)[None, :], 1), mask=live_n)
             dx = tl.sum(dh * b[:, None], 0)
             dh *= tl.exp(dt[None, :] * a)
-            through_decay = dh * states[k]
+            through_decay = dh * _forget(states[k], resets, row * length + t, t < end)
+            dh = _forget(dh, resets, row * length + t, t < end)
             dA_tile += through_decay * dt[None, :]
             ddt = tl.sum(through_decay * a, 0) + dx * u_t
             if SOFTPLUS:
@@ -279,10 +258,10 @@ def backward(
             dD_vector += gradient * u_t
             tl.store(ddelta + t * dim, ddt, mask=live)
             tl.store(du + t * dim, dx * dt + gradient * skip, mask=live)
-    store_tile(dA + at_chunk * STATE * dim, dA_tile, n, STATE, channel, dim)
+    store_tile(dA, at_chunk, dA_tile, n, STATE, channel, dim)
     if dD is not None:
         tl.store(dD + at_chunk * dim + channel, dD_vector, mask=inside)
     if dbias is not None:
         tl.store(dbias + at_chunk * dim + channel, dbias_vector, mask=inside)
-    if dinitial is not None and tl.program_id(0) == 0:
-        store_tile(dinitial + row * STATE * dim, dh, n, STATE, channel, dim)
+    if dinitial is not None and begin == 0:
+        store_tile(dinitial, row, dh, n, STATE, channel, dim)

@@ -1,0 +1,286 @@
+"""One token through all blocks of a Mamba in one kernel: as fast as the weights can be read from memory.
+
+Every block is four phases of a `team`:
+
+    0  rows of the input projection for some channels, and their convolution
+    1  rows of the projection to step size, B and C
+    2  step size, recurrence, skip and gate for some channels
+    3  rows of the output projection
+
+A number is always computed by one thread in one order, so the result does not depend on the number of threads.
+"""
+# Numba's intrinsics take one argument less than their definitions show.
+# pyright: reportCallIssue=false
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from cobra.ops.fused import BlockWeights
+
+from .matvec import ELEMENTS, MAX_ROWS, dot, is_plain, products
+from .team import finish, new_counters, run_together, take, team_size, wait
+from .vector import (
+    LANES,
+    LOG2_E,
+    exp2,
+    load,
+    load_some,
+    pointer,
+    sigmoid,
+    softplus,
+    store,
+    store_some,
+    widen,
+)
+
+_SELECT_ROWS = 4  # per item of phase 1
+_OUT_ROWS = 32  # per item of phase 3
+_FLOAT32 = ELEMENTS[torch.float32]
+
+
+@njit(forceinline=True)
+def _round_up(count):
+    """To whole cache lines of float32."""
+    return (count + 15) // 16 * 16
+
+
+@njit
+def _normalise(residual, weight, batch, width, eps, normed):
+    for b in range(batch):
+        at = b * width
+        scale = np.float32(1.0 / math.sqrt(dot(residual, at, residual, at, width) / width + eps))
+        for i in range(width):
+            normed[at + i] = residual[at + i] * scale * widen(weight[i])
+
+
+@njit
+def _convolve(x, weight, bias, first, count, batch, inner, taps, old, old_row, old_step, new, matrix):
+    """Replace `count` channels of the newest inputs `x`, [batch, inner], by the convolution's outputs.
+
+    matrix: room for [taps + 1, LANES].
+    """
+    for lane in range(count):
+        for k in range(taps):
+            matrix[k * LANES + lane] = widen(weight[(first + lane) * taps + k])
+        matrix[taps * LANES + lane] = widen(bias[first + lane])
+    for b in range(batch):
+        newest = load_some(x, b * inner + first, count)
+        before = load(matrix, taps * LANES) + load(matrix, (taps - 1) * LANES) * newest
+        for k in range(taps - 1):
+            value = load_some(old, b * old_row + k * old_step + first, count)
+            before = before + load(matrix, k * LANES) * value
+            if k > 0:
+                store_some(new, (b * (taps - 1) + k - 1) * inner + first, count, value)
+        if taps > 1:
+            store_some(new, (b * (taps - 1) + taps - 2) * inner + first, count, newest)
+        store_some(x, b * inner + first, count, before * sigmoid(before))
+
+
+@njit
+def _recur(
+    x, z, selected, first, count, batch, inner, state, rank, dt_proj, dt_bias, A_log, D,
+    old, old_row, old_channel, old_state, new, y, matrix, low, steps,
+):  # fmt: skip
+    """Phase 2 for channels [first, first + count): from x, z [batch, inner] and selected [batch, rank + 2 state].
+
+    matrix, steps: room for [state, LANES] and [batch, LANES]. low: room for LANES numbers, so that reading the last
+    numbers of a short row is fast, and for [batch, rank].
+    """
+    for b in range(batch):
+        for r in range(rank):
+            low[LANES + b * rank + r] = selected[b * (rank + 2 * state) + r]
+    products(dt_proj, first, first + count, low, LANES, batch, rank, steps, 0, LANES)
+    for lane in range(count):
+        for n in range(state):
+            matrix[n * LANES + lane] = A_log[(first + lane) * state + n]
+    for n in range(state):
+        store(matrix, n * LANES, exp2(load(matrix, n * LANES) * LOG2_E) * -LOG2_E)
+    for b in range(batch):
+        dt = softplus(load(steps, b * LANES) + load_some(dt_bias, first, count))
+        u = load_some(x, b * inner + first, count)
+        du = dt * u
+        y_vector = load_some(D, first, count) * u
+        for n in range(state):
+            at = b * old_row + first * old_channel + n * old_state
+            if old_channel == 1:
+                h = load_some(old, at, count)
+            else:
+                for lane in range(count):
+                    steps[b * LANES + lane] = old[at + lane * old_channel]
+                h = load(steps, b * LANES)
+            B = selected[b * (rank + 2 * state) + rank + n]
+            h = exp2(dt * load(matrix, n * LANES)) * h + du * B
+            y_vector = y_vector + h * selected[b * (rank + 2 * state) + rank + state + n]
+            store_some(new, (b * state + n) * inner + first, count, h)
+        gate = load_some(z, b * inner + first, count)
+        store_some(y, b * inner + first, count, y_vector * (gate * sigmoid(gate)))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _stack(
+    thread, counters, table, work, weights_like, small_like, float_like,
+    num_layers, batch, width, inner, state, rank, taps, eps, residual_address, conv_address, ssm_address,
+):  # fmt: skip
+    chosen = rank + 2 * state
+    address = np.int64(work.ctypes.data)
+    hidden = pointer(address, float_like)  # [num_layers + 1, batch, width]
+    address += 4 * _round_up((num_layers + 1) * batch * width)
+    x = pointer(address, float_like)
+    z = pointer(address + 4 * _round_up(batch * inner), float_like)
+    y = pointer(address + 8 * _round_up(batch * inner), float_like)
+    selected = pointer(address + 12 * _round_up(batch * inner), float_like)
+    address += 12 * _round_up(batch * inner) + 4 * _round_up(batch * chosen)
+    address += 4 * thread * _own_size(batch, width, state, rank, taps)
+    residual = pointer(address, float_like)
+    normed = pointer(address + 4 * _round_up(batch * width), float_like)
+    address += 8 * _round_up(batch * width)
+    matrix = pointer(address, float_like)
+    steps = pointer(address + 4 * max(state, taps + 1) * LANES, float_like)
+    low = pointer(address + 4 * (max(state, taps + 1) + batch) * LANES, float_like)
+
+    for i in range(batch * width):
+        residual[i] = 0.0
+    for layer in range(num_layers):
+        for i in range(batch * width):
+            residual[i] += hidden[layer * batch * width + i]
+
+        phase = 4 * layer
+        items = (inner + LANES - 1) // LANES
+        item = take(counters, phase)
+        if item < items:
+            _normalise(residual, pointer(table[layer, 0], small_like), batch, width, eps, normed)
+            if item == 0 and layer == num_layers - 1:
+                out = pointer(residual_address, float_like)
+                for i in range(batch * width):
+                    out[i] = residual[i]
+        while item < items:
+            first = item * LANES
+            last = min(first + LANES, inner)
+            weight = pointer(table[layer, 1], weights_like)
+            products(weight, first, last, normed, 0, batch, width, x, first, inner)
+            products(weight, inner + first, inner + last, normed, 0, batch, width, z, first, inner)
+            _convolve(
+                x, pointer(table[layer, 2], small_like), pointer(table[layer, 3], small_like),
+                first, last - first, batch, inner, taps,
+                pointer(table[layer, 10], float_like), table[layer, 11], table[layer, 12],
+                pointer(conv_address + 4 * layer * batch * (taps - 1) * inner, float_like), matrix,
+            )  # fmt: skip
+            finish(counters, phase)
+            item = take(counters, phase)
+        wait(counters, phase, items)
+
+        phase += 1
+        items = (chosen + _SELECT_ROWS - 1) // _SELECT_ROWS
+        item = take(counters, phase)
+        while item < items:
+            first = item * _SELECT_ROWS
+            weight = pointer(table[layer, 4], weights_like)
+            products(
+                weight, first, min(first + _SELECT_ROWS, chosen), x, 0, batch, inner, selected, first, chosen
+            )  # fmt: skip
+            finish(counters, phase)
+            item = take(counters, phase)
+        wait(counters, phase, items)
+
+        phase += 1
+        items = (inner + LANES - 1) // LANES
+        item = take(counters, phase)
+        while item < items:
+            first = item * LANES
+            _recur(
+                x, z, selected, first, min(LANES, inner - first), batch, inner, state, rank,
+                pointer(table[layer, 5], weights_like), pointer(table[layer, 6], float_like),
+                pointer(table[layer, 7], float_like), pointer(table[layer, 8], float_like),
+                pointer(table[layer, 13], float_like), table[layer, 14], table[layer, 15], table[layer, 16],
+                pointer(ssm_address + 4 * layer * batch * state * inner, float_like), y, matrix, low, steps,
+            )  # fmt: skip
+            finish(counters, phase)
+            item = take(counters, phase)
+        wait(counters, phase, items)
+
+        phase += 1
+        items = (width + _OUT_ROWS - 1) // _OUT_ROWS
+        item = take(counters, phase)
+        while item < items:
+            first = item * _OUT_ROWS
+            at = (layer + 1) * batch * width + first
+            weight = pointer(table[layer, 9], weights_like)
+            products(weight, first, min(first + _OUT_ROWS, width), y, 0, batch, inner, hidden, at, width)
+            finish(counters, phase)
+            item = take(counters, phase)
+        wait(counters, phase, items)
+
+
+@njit(forceinline=True)
+def _own_size(batch, width, state, rank, taps):
+    """Work memory of one thread, in numbers."""
+    return 2 * _round_up(batch * width) + (max(state, taps + 1) + batch + 1) * LANES + _round_up(batch * rank)
+
+
+def _fits(layers: Sequence[BlockWeights], hidden: Tensor, conv: Sequence[Tensor], ssm: Sequence[Tensor]) -> bool:
+    """Whether every tensor is where, what and as large as the kernel expects."""
+    if hidden.dim() != 2 or not 1 <= hidden.shape[0] <= MAX_ROWS or not 0 < len(layers) == len(conv) == len(ssm):
+        return False
+    batch, width = hidden.shape
+    (inner, state), rank, taps = layers[0].A_log.shape, layers[0].dt_proj.shape[1], layers[0].conv_weight.shape[-1]
+    weights, small, single = layers[0].in_proj.dtype, layers[0].norm.dtype, torch.float32
+    expected = [
+        (small, (width,)), (weights, (2 * inner, width)), (small, tuple(layers[0].conv_weight.shape)),
+        (small, (inner,)), (weights, (rank + 2 * state, inner)), (weights, (inner, rank)), (single, (inner,)),
+        (single, (inner, state)), (single, (inner,)), (weights, (width, inner)),
+    ]  # fmt: skip
+    return (
+        weights in ELEMENTS
+        and small in ELEMENTS
+        and expected[2][1] in ((inner, taps), (inner, 1, taps))
+        and all([(t.dtype, t.shape) for t in layer] == expected and all(map(is_plain, layer)) for layer in layers)
+        and all(t.dtype in ELEMENTS and t.is_cpu and t.shape == (batch, taps - 1, inner) for t in conv)
+        and all(t.dtype == single and t.is_cpu and t.shape == (batch, inner, state) for t in ssm)
+    )
+
+
+def stack_step(
+    layers: Sequence[BlockWeights],
+    hidden: Tensor,
+    conv_states: Sequence[Tensor],
+    ssm_states: Sequence[Tensor],
+    eps: float,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]] | None:
+    """See `cobra.ops.fused.stack_step`.
+
+    Taken are float32 and bfloat16, up to `MAX_ROWS` rows, weights that are contiguous plain tensors. None, without a
+    result, for anything else, sizes that disagree included.
+    """
+    if hidden.dtype not in ELEMENTS or not hidden.is_cpu:
+        return None
+    if not _fits(layers, hidden, conv_states, ssm_states):
+        return None
+    (batch, width), num_layers = hidden.shape, len(layers)
+    (inner, state), rank, taps = layers[0].A_log.shape, layers[0].dt_proj.shape[1], layers[0].conv_weight.shape[-1]
+    conv_states = [t if t.dtype == torch.float32 and t.stride(2) == 1 else t.float().contiguous() for t in conv_states]
+    table = np.array(
+        [
+            [*(t.data_ptr() for t in layer), conv.data_ptr(), *conv.stride()[:2], ssm.data_ptr(), *ssm.stride()]
+            for layer, conv, ssm in zip(layers, conv_states, ssm_states, strict=True)
+        ]
+    )
+    threads = team_size(3 * num_layers * width * inner)
+    sizes = [(num_layers + 1) * batch * width, *[batch * inner] * 3, batch * (rank + 2 * state)]
+    own = _own_size(batch, width, state, rank, taps)
+    work = torch.empty(sum(map(_round_up, sizes)) + threads * own)
+    work[: batch * width].view(batch, width).copy_(hidden)
+    residual = torch.empty(batch, width)
+    new_conv = torch.empty(num_layers, batch, taps - 1, inner)
+    new_ssm = torch.empty(num_layers, batch, state, inner)  # read and written fastest in this order
+    run_together(
+        _stack, threads, new_counters(4 * num_layers), table, work.numpy(), ELEMENTS[layers[0].in_proj.dtype],
+        ELEMENTS[layers[0].norm.dtype], _FLOAT32, num_layers, batch, width, inner, state, rank, taps, eps,
+        residual.data_ptr(), new_conv.data_ptr(), new_ssm.data_ptr(),
+    )  # fmt: skip
+    last = work[num_layers * batch * width :][: batch * width].view(batch, width)
+    return last, residual, list(new_conv.unbind()), list(new_ssm.transpose(2, 3).unbind())
