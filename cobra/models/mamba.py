@@ -2,7 +2,8 @@
 
 What is unusual here: the model reads embeddings, not only token ids (image tokens come first), and every pass may
 start from a `MambaState` and returns the next one, so a prefix is read once and continued many times. Rows of different
-length are padded on the right; `lengths` keeps the padding out of the states.
+length are padded on the right; `lengths` keeps the padding out of the states. Or a row holds several texts one after
+the other; `resets` keeps them apart.
 
 Shapes: B batch, L length, D model width, E inner width (expand * D), N state size, K convolution width, V vocabulary.
 """
@@ -10,58 +11,25 @@ Shapes: B batch, L length, D model width, E inner width (expand * D), N state si
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cobra import ops
 from cobra.config import LLMConfig
-from cobra.errors import ShapeError
+from cobra.errors import ConfigError, ShapeError
+from cobra.models.state import MambaState
+from cobra.ops import fused
+from cobra.ops.fused import BlockWeights
 
 
-@dataclass(frozen=True)
-class MambaState:
-    """What a Mamba knows after reading a prefix: constant size, whatever the prefix's length.
-
-    Attributes:
-        conv: per layer [B, K - 1, E]: the last inputs of the convolution, oldest first.
-        ssm: per layer [B, E, N], float32 (float64 in a float64 model).
-    """
-
-    conv: list[Tensor]
-    ssm: list[Tensor]
-
-    @property
-    def batch_size(self) -> int:
-        """Number of rows."""
-        return self.ssm[0].shape[0]
-
-    def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> MambaState:
-        """Select, repeat or reorder rows: an int64 index tensor, a slice or a list of row numbers."""
-        if isinstance(rows, slice):
-            return MambaState([t[rows] for t in self.conv], [t[rows] for t in self.ssm])
-        index = torch.as_tensor(rows, device=self.ssm[0].device)
-        # Not t[index]: its gradient adds up repeated rows in any order, and a run could not be repeated bit for bit.
-        return MambaState([t.index_select(0, index) for t in self.conv], [t.index_select(0, index) for t in self.ssm])
-
-    @staticmethod
-    def concat(states: Sequence[MambaState]) -> MambaState:
-        """Stack the rows of several states."""
-        return MambaState(
-            [torch.cat(parts) for parts in zip(*(s.conv for s in states), strict=True)],
-            [torch.cat(parts) for parts in zip(*(s.ssm for s in states), strict=True)],
-        )
-
-    def detach(self) -> MambaState:
-        """Cut the autograd graph."""
-        return MambaState([t.detach() for t in self.conv], [t.detach() for t in self.ssm])
-
-    def to(self, device: torch.device | str) -> MambaState:
-        """Move to a device."""
-        return MambaState([t.to(device) for t in self.conv], [t.to(device) for t in self.ssm])
+def _is_plain(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether a module is no adapter, sharded or changed in another way: then it does what its weights say."""
+    own = module.__dict__
+    return type(module) is kind and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
 
 
 class RMSNormWeight(nn.Module):
@@ -94,13 +62,18 @@ class MambaMixer(nn.Module):
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
 
     def forward(
-        self, hidden: Tensor, state: tuple[Tensor, Tensor] | None, lengths: Tensor | None
+        self, hidden: Tensor, state: tuple[Tensor, Tensor] | None, lengths: Tensor | None, resets: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Run over a sequence: hidden [B, L, D] -> [B, L, D], and the (conv, ssm) state after each row's end."""
         conv_state, ssm_state = state if state is not None else (None, None)
         x, z = self.in_proj(hidden).chunk(2, dim=-1)  # [B, L, E] each
         x, conv_state = ops.causal_conv1d(
-            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, lengths=lengths, initial_state=conv_state
+            x,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            lengths=lengths,
+            resets=resets,
+            initial_state=conv_state,
         )
         delta, B, C = self._select(x)
         y, ssm_state = ops.selective_scan(
@@ -114,6 +87,7 @@ class MambaMixer(nn.Module):
             delta_bias=self.dt_proj.bias,
             delta_softplus=True,
             lengths=lengths,
+            resets=resets,
             initial_state=ssm_state,
         )
         return self.out_proj(y), (conv_state, ssm_state)
@@ -145,13 +119,32 @@ class MambaBlock(nn.Module):
         super().__init__()
         self.norm = RMSNormWeight(config.d_model, config.norm_eps)
         self.mixer = MambaMixer(config)
+        self.recomputes = False  # set by `MambaLM.checkpoint_activations`
 
     def forward(
-        self, hidden: Tensor, residual: Tensor | None, state: tuple[Tensor, Tensor] | None, lengths: Tensor | None
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
+        state: tuple[Tensor, Tensor] | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """hidden [B, L, D] and the float32 residual stream (None at the first block) -> both, and the state."""
+        if self.recomputes and self.training and torch.is_grad_enabled():
+            # In here and not around the block, so that hooks on the block (sharding) see one forward pass, not two.
+            return checkpoint(self._forward, hidden, residual, state, lengths, resets, use_reentrant=False)
+        return self._forward(hidden, residual, state, lengths, resets)
+
+    def _forward(
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
+        state: tuple[Tensor, Tensor] | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         normed, total = self.norm(hidden, residual)
-        mixed, after = self.mixer(normed, state, lengths)
+        mixed, after = self.mixer(normed, state, lengths, resets)
         return mixed, total, after
 
     def step(
@@ -161,6 +154,36 @@ class MambaBlock(nn.Module):
         normed, total = self.norm(hidden, residual)
         mixed, after = self.mixer.step(normed, state)
         return mixed, total, after
+
+    def plain_weights(self) -> BlockWeights | None:
+        """All parameters, for a kernel that runs whole blocks; None unless the block does just what they say."""
+        # From the modules' own dictionaries: twelve times as fast as their attributes, which counts once per token.
+        outer: dict[str, Any] = self._modules
+        inner: dict[str, Any] = self.mixer._modules
+        own: dict[str, Any] = self.mixer._parameters
+        norm, conv = outer["norm"], inner["conv1d"]
+        linear = [inner[name] for name in ("in_proj", "x_proj", "dt_proj", "out_proj")]
+        if not (
+            _is_plain(self, MambaBlock)
+            and _is_plain(self.mixer, MambaMixer)
+            and _is_plain(norm, RMSNormWeight)
+            and _is_plain(conv, nn.Conv1d)
+            and all(_is_plain(module, nn.Linear) for module in linear)
+        ):
+            return None
+        in_proj, x_proj, dt_proj, out_proj = (module._parameters for module in linear)
+        return BlockWeights(
+            norm=norm._parameters["weight"],
+            in_proj=in_proj["weight"],
+            conv_weight=conv._parameters["weight"],
+            conv_bias=conv._parameters["bias"],
+            x_proj=x_proj["weight"],
+            dt_proj=dt_proj["weight"],
+            dt_bias=dt_proj["bias"],
+            A_log=own["A_log"],
+            D=own["D"],
+            out_proj=out_proj["weight"],
+        )
 
 
 class MambaBackbone(nn.Module):
@@ -184,58 +207,130 @@ class MambaLM(nn.Module):
         self.lm_head.weight = self.backbone.embedding.weight
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Token ids [B, L] -> embeddings [B, L, D]."""
+        """Token ids, int64 or int32, [B, L] -> embeddings [B, L, D]."""
+        self._check_ids(input_ids, "[batch, length]")
         return self.backbone.embedding(input_ids)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V]."""
+        if not torch.is_grad_enabled() and hidden.dim() == 2 and _is_plain(self.lm_head, nn.Linear):
+            logits = fused.linear(hidden, self.lm_head.weight)
+            if logits is not None:
+                return logits.to(hidden.dtype)
         return self.lm_head(hidden)
 
+    def checkpoint_activations(self, every: int | None) -> None:
+        """Trade time for memory in training: compute blocks again in the backward pass instead of keeping their inside.
+
+        Args:
+            every: 1 for all blocks, k for every k-th, counted from the first; None for none, as at the start.
+
+        Raises:
+            ConfigError: `every` is less than 1.
+        """
+        if every is not None and every < 1:
+            raise ConfigError(f"every={every} must be at least 1 (all blocks), or None to recompute none.")
+        for i, block in enumerate(self.backbone.layers):
+            block.recomputes = every is not None and i % every == 0  # type: ignore[assignment]
+
     def forward(
-        self, embeddings: Tensor, *, state: MambaState | None = None, lengths: Tensor | None = None
+        self,
+        embeddings: Tensor,
+        *,
+        state: MambaState | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor, MambaState]:
         """Read a sequence.
 
         Args:
-            embeddings: [B, L, D]; rows shorter than L are padded on the right with anything.
-            state: what was read before, B rows; None for the start of a text.
+            embeddings: [B, L, D], floating point; rows shorter than L are padded on the right with anything.
+            state: what was read before, B rows, in any floating point dtype; None for the start of a text.
             lengths: int64 [B], real tokens per row; None: all L.
+            resets: bool [B, L], true at the first token of each new text of a packed row, which then knows nothing of
+                the texts before it. `state` belongs to what stands before a row's first reset. None: one text per row.
 
         Returns:
             Final-norm hidden states [B, L, D] (meaningless at pads), and the state after each row's last real token.
 
         Raises:
-            ShapeError: a state of another batch size or another model.
+            ShapeError: embeddings, lengths or resets that do not fit, a state of another batch size, model or device.
         """
+        width = self.config.d_model
+        if embeddings.dim() != 3 or embeddings.shape[2] != width or not embeddings.is_floating_point():
+            raise ShapeError(
+                f"embeddings are {embeddings.dtype} {list(embeddings.shape)}, expected floating point "
+                f"[batch, length, {width}]; token ids become embeddings by `embed`."
+            )
         if state is not None:
-            self._check_state(state, embeddings.shape[0])
+            self._check_state(state, embeddings)
         hidden, residual, states = embeddings, None, []
         for i, block in enumerate(self.backbone.layers):
             before = None if state is None else (state.conv[i], state.ssm[i])
-            hidden, residual, after = block(hidden, residual, before, lengths)
+            hidden, residual, after = block(hidden, residual, before, lengths, resets)
             states.append(after)
         hidden, _ = self.backbone.norm_f(hidden, residual)
         return hidden, MambaState(*map(list, zip(*states, strict=True)))
 
     def step(self, input_ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """Read one token per row: ids [B] -> hidden states [B, D] and the next state."""
-        self._check_state(state, input_ids.shape[0])
-        hidden, residual, states = self.embed(input_ids), None, []
-        for i, block in enumerate(self.backbone.layers):
-            hidden, residual, after = block.step(hidden, residual, (state.conv[i], state.ssm[i]))  # type: ignore[operator]
-            states.append(after)
+        self._check_ids(input_ids, "[batch]")
+        self._check_state(state, input_ids)
+        embedded = self.backbone.embedding(input_ids)
+        fused = self._fused_step(embedded, state)
+        if fused is not None:
+            hidden, residual, after = fused
+        else:
+            hidden, residual, states = embedded, None, []
+            for i, block in enumerate(self.backbone.layers):
+                hidden, residual, both = block.step(hidden, residual, (state.conv[i], state.ssm[i]))  # type: ignore[operator]
+                states.append(both)
+            after = MambaState(*map(list, zip(*states, strict=True)))
         hidden, _ = self.backbone.norm_f(hidden, residual)
-        return hidden, MambaState(*map(list, zip(*states, strict=True)))
+        return hidden.to(embedded.dtype), after
 
-    def _check_state(self, state: MambaState, batch_size: int) -> None:
-        config = self.config
-        expected = (config.num_layers, batch_size, config.d_inner, config.d_state)
-        found = (len(state.ssm), *state.ssm[0].shape)
-        if found != expected:
+    def _fused_step(self, embedded: Tensor, state: MambaState) -> tuple[Tensor, Tensor, MambaState] | None:
+        """All blocks in one kernel, if there is one and nothing but the blocks' own weights takes part."""
+        if torch.is_grad_enabled():
+            return None
+        weights = [block.plain_weights() for block in self.backbone.layers]  # type: ignore[operator]
+        if None in weights:
+            return None
+        found = fused.stack_step(weights, embedded, state.conv, state.ssm, self.config.norm_eps)
+        if found is None:
+            return None
+        hidden, residual, conv, ssm = found
+        return hidden, residual, MambaState([new.to(old.dtype) for new, old in zip(conv, state.conv, strict=True)], ssm)
+
+    def _check_ids(self, input_ids: Tensor, axes: str) -> None:
+        # Whether they are in the vocabulary is not looked at: on a GPU that would wait for the device.
+        if input_ids.dim() != len(axes.split()) or input_ids.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(f"input_ids are {input_ids.dtype} {list(input_ids.shape)}, expected int64 {axes}.")
+
+    def _check_state(self, state: MambaState, rows: Tensor) -> None:
+        """Raise ShapeError unless `state` can precede `rows` [B, ...]; values are not looked at."""
+        config, batch = self.config, rows.shape[0]
+        found, layers = (len(state.conv), len(state.ssm)), config.num_layers
+        if found != (layers, layers):
             raise ShapeError(
-                f"state is (layers, batch, dim, state) = {found}, but this model and batch need {expected}; "
-                "was it made by another model, or for another batch?"
+                f"state has conv and ssm of {found[0]} and {found[1]} layers, but this model has {layers}; "
+                "it was made by another model."
             )
+        needed_conv, needed_ssm = (batch, config.d_conv - 1, config.d_inner), (batch, config.d_inner, config.d_state)
+        for i, (conv, ssm) in enumerate(zip(state.conv, state.ssm, strict=True)):
+            if conv.shape != needed_conv or ssm.shape != needed_ssm:
+                raise ShapeError(
+                    f"state of layer {i} is conv {list(conv.shape)} and ssm {list(ssm.shape)}, but this model and "
+                    f"{batch} rows need conv {list(needed_conv)} and ssm {list(needed_ssm)}; was it made by another "
+                    "model, or for another batch? Rows are selected by state[rows], repeated by state.expand(count)."
+                )
+            if conv.device != rows.device or ssm.device != rows.device:
+                raise ShapeError(
+                    f"state of layer {i} is on {conv.device} (conv) and {ssm.device} (ssm), but the input is on "
+                    f"{rows.device}; move it with state.to({str(rows.device)!r})."
+                )
+            if not (conv.is_floating_point() and ssm.is_floating_point()):
+                raise ShapeError(f"state of layer {i} is {conv.dtype} and {ssm.dtype}, expected floating point dtypes.")
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -247,7 +342,7 @@ class MambaLM(nn.Module):
         | in_proj, x_proj, conv1d | uniform, +-1 / sqrt(fan in) |
         | out_proj | the same, divided by sqrt(number of layers) |
         | dt_proj.weight | uniform, +-1 / sqrt(rank) |
-        | dt_proj.bias | so that softplus(bias) is log-uniform in [0.001, 0.1] |
+        | dt_proj.bias | so that softplus(bias) is log-uniform in [0.001, 0.1] (their floor of 0.0001 is below it) |
         | A_log | log(1 .. N) in every channel |
         | D, norms | 1 |
 
@@ -276,7 +371,7 @@ class MambaLM(nn.Module):
         uniform(mixer.dt_proj.weight, mixer.rank**-0.5)
         log_min, log_max = math.log(0.001), math.log(0.1)
         draw = torch.rand(self.config.d_inner, generator=generator)
-        delta = torch.exp(draw * (log_max - log_min) + log_min).clamp(min=1e-4)
+        delta = torch.exp(draw * (log_max - log_min) + log_min)
         mixer.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # inverse of softplus
         mixer.A_log.copy_(torch.log(torch.arange(1, self.config.d_state + 1)).expand_as(mixer.A_log))
         nn.init.ones_(mixer.D)

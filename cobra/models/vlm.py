@@ -13,15 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cobra.config import ModelConfig
 from cobra.errors import ShapeError
-from cobra.models.mamba import MambaLM, MambaState
+from cobra.models.loss import labelled_loss
+from cobra.models.mamba import MambaLM
 from cobra.models.projector import Projector
+from cobra.models.state import MambaState
 from cobra.models.vision import VisionEncoder
-from cobra.text.prompt import IGNORE_INDEX
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,8 @@ class CobraOutput:
         prefix: final hidden states at the image positions, [I, P, D]; None for text rows.
         image_index: int64 [R], the image of each row; None: row r has image r.
         state: Mamba state after each row's last real token.
-        loss_sum: cross-entropy summed over the labelled tokens, float32; None without labels.
+        loss_sum: cross-entropy summed over the labelled tokens, float32 (float64 in a float64 model);
+            None without labels.
         num_labels: how many labelled tokens that were; a tensor, so that no device waits for the host.
     """
 
@@ -116,7 +117,12 @@ class CobraVLM(nn.Module):
 
         Raises:
             ShapeError: numbers of rows, images or labels that do not fit together.
+            DataError: a label that is no token, see `labelled_loss`.
         """
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ShapeError(f"labels {list(labels.shape)} and input_ids {list(input_ids.shape)} differ in shape.")
+        if pixels is None and image_index is not None:
+            raise ShapeError("image_index names images, but there are none; pass pixels, or leave image_index out.")
         prefix, state = None, None
         if pixels is not None:
             prefix, state = self.read_images([pixels] if isinstance(pixels, Tensor) else pixels)  # [I, P, D]
@@ -130,8 +136,6 @@ class CobraVLM(nn.Module):
         text, state = self.llm(self.llm.embed(input_ids), state=state, lengths=lengths)  # [R, S, D]
         loss_sum, num_labels = None, None
         if labels is not None:
-            if labels.shape != input_ids.shape:
-                raise ShapeError(f"labels {list(labels.shape)} and input_ids {list(input_ids.shape)} differ in shape.")
             last = None if prefix is None else prefix[:, -1:]  # [I, 1, D], predicts the first text token
             if last is not None and image_index is not None:
                 last = last.index_select(0, image_index)  # with repeatable gradients, see MambaState
@@ -147,14 +151,9 @@ class CobraVLM(nn.Module):
         )
 
     def _loss(self, last: Tensor | None, text: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum the cross-entropy where there are labels; the head sees those positions only.
-
-        Most positions are patches or prompts, and logits at all of them would be the largest tensor of a step.
-        """
+        """Sum the cross-entropy of the labels, each predicted from the hidden state before its position."""
         if last is None:
             before, labels = text[:, :-1], labels[:, 1:]
         else:
             before = torch.cat([last, text[:, :-1]], dim=1)
-        is_labelled = labels != IGNORE_INDEX
-        logits = self.llm.head(before[is_labelled]).float()
-        return F.cross_entropy(logits, labels[is_labelled], reduction="sum"), is_labelled.sum()
+        return labelled_loss(self.llm.head, before, labels)

@@ -14,10 +14,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cobra import ops
 from cobra.config import LLMConfig
-from cobra.errors import ShapeError
-from cobra.models.mamba import MambaLM, MambaState
+from cobra.errors import ConfigError, ShapeError
+from cobra.models.build import cast_parameters
+from cobra.models.mamba import MambaLM
+from cobra.models.state import MambaState
 from cobra.models.weights import assign
+from cobra.ops import fused
 
 ROUNDING = 1e-10  # float64 sums of some hundred terms of size 1, in another order
 
@@ -190,6 +194,64 @@ def test_padded_rows_equal_each_row_alone(has_prefix: bool) -> None:
         assert_states_equal(state[[row]], after)
 
 
+class TestPackedRows:
+    """Several texts in one row, kept apart by `resets`."""
+
+    TEXTS = ([5, 1, 9], [8, 5, 2])  # tokens of each text, per row; one is shorter than the convolution is wide
+
+    def packed(self, lm: MambaLM, state: MambaState | None) -> tuple[Tensor, MambaState]:
+        resets = torch.zeros(2, 15, dtype=torch.bool)
+        for row, texts in enumerate(self.TEXTS):
+            resets[row, [texts[0], texts[0] + texts[1]]] = True
+        return lm(lm.embed(random_ids(2, 15)), state=state, resets=resets)
+
+    def alone(self, lm: MambaLM, state: MambaState | None) -> tuple[Tensor, MambaState]:
+        rows, ends = [], []
+        for row, (ids, texts) in enumerate(zip(random_ids(2, 15), self.TEXTS, strict=True)):
+            before, pieces, after = None if state is None else state[[row]], [], None
+            for text in ids.split(texts):
+                hidden, after = lm(lm.embed(text[None]), state=before)
+                before = None  # the state belongs to the first text
+                pieces.append(hidden)
+            assert after is not None
+            rows.append(torch.cat(pieces, dim=1))
+            ends.append(after)
+        return torch.cat(rows), MambaState.concat(ends)
+
+    @pytest.mark.parametrize("every", [None, 1], ids=["kept", "recomputed"])
+    @pytest.mark.parametrize("has_prefix", [False, True])
+    def test_packed_texts_equal_each_text_alone(self, has_prefix: bool, every: int | None) -> None:
+        lm = make_lm()
+        lm.checkpoint_activations(every)
+        weight = torch.randn(2, 15, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        found = []
+        for run in (self.packed, self.alone):
+            prefix = logits_of(lm, random_ids(2, 6))[1] if has_prefix else None
+            hidden, state = run(lm, prefix)
+            loss = (hidden * weight).sum() + sum(t.sum() for t in (*state.conv, *state.ssm))
+            found.append((hidden, state, torch.autograd.grad(loss, list(lm.backbone.parameters()))))
+        (hidden, state, gradients), (expected, expected_state, expected_gradients) = found
+        torch.testing.assert_close(hidden, expected, rtol=0, atol=ROUNDING)
+        assert_states_equal(state, expected_state)
+        for ours, theirs in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9 * float(theirs.abs().max()))
+
+    @torch.no_grad()
+    def test_reset_at_the_first_token_forgets_the_prefix(self) -> None:
+        lm, ids = make_lm(), random_ids(2, 7)
+        _, prefix = logits_of(lm, random_ids(2, 6))
+        resets = torch.zeros(2, 7, dtype=torch.bool)
+        resets[1, 0] = True
+        hidden, _ = lm(lm.embed(ids), state=prefix, resets=resets)
+        torch.testing.assert_close(hidden[0], lm(lm.embed(ids), state=prefix)[0][0], rtol=0, atol=ROUNDING)
+        torch.testing.assert_close(hidden[1], lm(lm.embed(ids))[0][1], rtol=0, atol=ROUNDING)
+
+    def test_resets_that_do_not_fit_are_refused(self) -> None:
+        lm = make_lm()
+        with pytest.raises(ShapeError, match="resets"):
+            lm(lm.embed(random_ids(2, 4)), resets=torch.zeros(2, 3, dtype=torch.bool))
+
+
 @torch.no_grad()
 def test_state_rows_can_be_selected_and_joined() -> None:
     lm, ids = make_lm(), random_ids(3, 8)
@@ -215,16 +277,24 @@ def test_gradients_flow_through_the_state() -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
 
+def assert_uniform(sample: Tensor, low: float, high: float) -> None:
+    """Kolmogorov-Smirnov test at 0.1 %, and no value outside."""
+    values = sample.double().flatten().sort().values
+    assert low <= values[0] and values[-1] <= high
+    expected = torch.arange(1, len(values) + 1) / len(values)
+    assert ((values - low) / (high - low) - expected).abs().max() < 1.95 / len(values) ** 0.5
+
+
 def test_init_weights_follow_the_authors() -> None:
     lm = MambaLM(make_config(d_model=64, num_layers=4, vocab_size=500)).requires_grad_(False)
     lm.init_weights(torch.Generator().manual_seed(0))
-    assert lm.backbone.embedding.weight.std() == pytest.approx(0.02, rel=0.02)
     assert lm.lm_head.weight is lm.backbone.embedding.weight
+    normal = torch.distributions.Normal(0, 0.02)
+    assert_uniform(normal.cdf(lm.backbone.embedding.weight), 0, 1)
     for block in lm.backbone.layers:
         mixer = block.mixer
-        steps = F.softplus(mixer.dt_proj.bias)
-        assert steps.min() >= 0.001 * 0.999 and steps.max() <= 0.1 * 1.001  # float32 there and back
-        assert steps.log().mean() == pytest.approx(math.log(0.01), abs=0.4)  # the middle on a log scale: 3.9 std errors
+        low, high = math.log(0.001), math.log(0.1)
+        assert_uniform(F.softplus(mixer.dt_proj.bias.double()).log(), low - 1e-5, high + 1e-5)  # rounded to float32
         assert torch.allclose(mixer.A_log.exp(), torch.arange(1.0, 17).expand(128, 16))
         assert torch.equal(mixer.D, torch.ones(128)) and torch.equal(block.norm.weight, torch.ones(64))
         for weight, bound in (
@@ -235,8 +305,8 @@ def test_init_weights_follow_the_authors() -> None:
             (mixer.conv1d.bias, 0.5),
             (mixer.dt_proj.weight, 4**-0.5),
         ):
-            assert 0.95 * bound < weight.abs().max() <= bound
-            assert weight.std() == pytest.approx(bound / 3**0.5, rel=0.12)
+            assert_uniform(weight, -bound, bound)
+    assert torch.equal(lm.backbone.norm_f.weight, torch.ones(64))
 
 
 def test_init_weights_depend_on_the_generator_only() -> None:
@@ -248,15 +318,169 @@ def test_init_weights_depend_on_the_generator_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "rows"), [({"d_model": 48}, 2), ({"num_layers": 3}, 2), ({"d_state": 8}, 2), ({}, 3)]
+    ("sizes", "rows", "found", "expected"),
+    [
+        ({"d_model": 48}, 2, "[2, 96, 16]", "[2, 64, 16]"),
+        ({"num_layers": 3}, 2, "3 and 3 layers", "has 2"),
+        ({"d_state": 8}, 2, "[2, 64, 8]", "[2, 64, 16]"),
+        ({"d_conv": 3}, 2, "[2, 2, 64]", "[2, 3, 64]"),
+        ({}, 3, "[3, 64, 16]", "[2, 64, 16]"),
+    ],
+    ids=["width", "depth", "state size", "convolution", "rows"],
 )
-def test_foreign_state_is_refused(sizes: dict[str, int], rows: int) -> None:
+def test_foreign_state_is_refused(sizes: dict[str, int], rows: int, found: str, expected: str) -> None:
     _, state = logits_of(make_lm(**sizes), random_ids(rows, 4))
+    assert_refused(state, found, expected)
+
+
+def test_state_of_which_one_layer_differs_is_refused() -> None:
+    _, state = logits_of(make_lm(), random_ids(2, 4))
+    conv, ssm = state.conv, state.ssm
+    assert_refused(MambaState([conv[0], conv[1][:, 1:]], ssm), "layer 1", "[2, 2, 64]")
+    assert_refused(MambaState(conv, [ssm[0], ssm[1][:1]]), "layer 1", "[1, 64, 16]")
+    assert_refused(MambaState(conv[:1], ssm), "1 and 2 layers", "has 2")
+    assert_refused(MambaState(conv, [ssm[0], ssm[1].to("meta")]), "meta (ssm)", "input is on cpu")
+    assert_refused(MambaState(conv, [ssm[0], ssm[1].long()]), "int64", "floating point")
+
+
+def assert_refused(state: MambaState, *parts: str) -> None:
     lm = make_lm()
-    with pytest.raises(ShapeError, match="state"):
-        logits_of(lm, random_ids(2, 4), state)
-    with pytest.raises(ShapeError, match="state"):
-        lm.step(random_ids(2), state)
+    for take in (lambda: logits_of(lm, random_ids(2, 4), state), lambda: lm.step(random_ids(2), state)):
+        with pytest.raises(ShapeError) as caught:
+            take()
+        assert all(part in str(caught.value) for part in ("state", *parts))
+
+
+@torch.no_grad()
+def test_state_of_another_precision_is_taken() -> None:
+    lm, ids = make_lm(dtype=torch.float32), random_ids(2, 4)
+    _, state = logits_of(lm, random_ids(2, 6))
+    coarse = MambaState([t.bfloat16() for t in state.conv], [t.bfloat16() for t in state.ssm])
+    rounded = MambaState([t.float() for t in coarse.conv], [t.float() for t in coarse.ssm])
+    for (actual, after), (expected, _) in (
+        (logits_of(lm, ids, coarse), logits_of(lm, ids, rounded)),
+        (lm.step(ids[:, 0], coarse), lm.step(ids[:, 0], rounded)),
+    ):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)  # float32, logits of size 1
+        assert {t.dtype for t in (*after.conv, *after.ssm)} == {torch.float32}
+
+
+def test_inputs_of_the_wrong_kind_are_refused() -> None:
+    lm = make_lm()
+    for embeddings in (torch.zeros(2, 4, 31), torch.zeros(4, 32), torch.zeros(2, 4, 32, dtype=torch.int64)):
+        with pytest.raises(ShapeError, match=r"embeddings are .*expected floating point \[batch, length, 32\]"):
+            lm(embeddings)
+    with pytest.raises(ShapeError, match=r"input_ids are torch.float32 \[2, 4\], expected int64 \[batch, length\]"):
+        lm.embed(torch.zeros(2, 4))
+    with pytest.raises(ShapeError, match=r"\[4\], expected int64 \[batch, length\]"):
+        lm.embed(torch.zeros(4, dtype=torch.int64))
+    _, state = logits_of(lm, random_ids(2, 4))
+    with pytest.raises(ShapeError, match=r"\[2, 1\], expected int64 \[batch\]"):
+        lm.step(random_ids(2, 1), state)
+
+
+@torch.no_grad()
+def test_saved_state_continues_as_the_one_in_memory(tmp_path: Path) -> None:
+    lm = make_lm()
+    _, state = logits_of(lm, random_ids(2, 9))
+    state.save(tmp_path / "state.safetensors")
+    loaded = MambaState.load(tmp_path / "state.safetensors")
+    expected, actual = (decode(lm, random_ids(2, 3), start)[0] for start in (state, loaded))
+    assert torch.equal(actual, expected)
+
+
+class TestCheckpointing:
+    """Blocks computed again in the backward pass instead of being kept."""
+
+    @staticmethod
+    def run(lm: MambaLM) -> tuple[Tensor, MambaState]:
+        """Two chunks of rows of different lengths, the second from the state of the first."""
+        ids = random_ids(3, 20)
+        _, state = lm(lm.embed(ids[:, :11]), lengths=torch.tensor([11, 3, 1]))
+        hidden, state = lm(lm.embed(ids[:, 11:]), state=state, lengths=torch.tensor([9, 2, 5]))
+        return hidden.square().sum() + sum(t.sum() for t in (*state.conv, *state.ssm)), state
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("every", [1, 2])
+    def test_gradients_are_bit_equal(self, every: int, dtype: torch.dtype) -> None:
+        lm = make_lm(dtype=dtype, num_layers=3)
+        expected_loss, expected_state = self.run(lm)
+        expected = torch.autograd.grad(expected_loss, list(lm.parameters()))
+        lm.checkpoint_activations(every)
+        loss, state = self.run(lm)
+        assert torch.equal(loss, expected_loss)
+        assert_states_equal(state, expected_state, tolerance=0)
+        assert all(map(torch.equal, torch.autograd.grad(loss, list(lm.parameters())), expected))
+
+    def test_memory_kept_for_backward_shrinks(self) -> None:
+        lm, block_inputs = make_lm(dtype=torch.float32, num_layers=4), 2 * 64 * (32 + 32) * 4  # hidden and residual
+
+        def kept() -> int:
+            """Bytes saved for the backward pass, besides parameters and what checkpointed blocks start from."""
+            sizes = {parameter.untyped_storage().data_ptr(): 0 for parameter in lm.parameters()}
+
+            def pack(tensor: Tensor) -> Tensor:
+                sizes.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                hidden, _ = lm(lm.embed(random_ids(2, 64)))
+            hidden.sum().backward()
+            return sum(sizes.values())
+
+        everything = kept()
+        lm.checkpoint_activations(2)
+        half = kept() + 2 * block_inputs
+        lm.checkpoint_activations(1)
+        least = kept() + 4 * block_inputs
+        assert half < 0.65 * everything and least < 0.3 * everything
+        lm.checkpoint_activations(None)
+        assert kept() == everything
+
+    @pytest.mark.parametrize("mode", ["eval", "no_grad"])
+    def test_only_training_recomputes(self, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        lm = make_lm()
+        lm.checkpoint_activations(1)
+        monkeypatch.setattr("cobra.models.mamba.checkpoint", lambda *_, **__: pytest.fail("recomputed"))
+        lm.train(mode != "eval")
+        with torch.set_grad_enabled(mode != "no_grad"):
+            self.run(lm)
+
+    def test_impossible_setting_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match="every=0 must be at least 1"):
+            make_lm().checkpoint_activations(0)
+
+
+PUBLIC_SIZES = {  # millions of parameters
+    "mamba-130m": 129.1,
+    "mamba-370m": 371.5,
+    "mamba-790m": 793.2,
+    "mamba-1.4b": 1372.2,
+    "mamba-2.8b": 2768.3,
+    "mamba-7b": 6946.6,
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC_SIZES)
+def test_public_sizes_have_as_many_parameters_as_transformers(tiny_config, name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = tiny_config(f"model/llm={name}").model.llm
+    with torch.device("meta"):
+        ours = MambaLM(config)
+        theirs = transformers.MambaForCausalLM(
+            transformers.MambaConfig(
+                vocab_size=config.padded_vocab_size,
+                hidden_size=config.d_model,
+                num_hidden_layers=config.num_layers,
+                tie_word_embeddings=True,
+            )
+        )
+
+    def shapes(lm: torch.nn.Module) -> dict[str, torch.Size]:
+        return {key.replace(".embeddings.", ".embedding."): p.shape for key, p in lm.named_parameters()}
+
+    assert shapes(ours) == shapes(theirs)
+    assert round(sum(p.numel() for p in ours.parameters()) / 1e6, 1) == PUBLIC_SIZES[name]
 
 
 def test_repeated_states_have_repeatable_gradients() -> None:
@@ -281,3 +505,70 @@ def test_repeated_states_have_repeatable_gradients() -> None:
         for process in load:
             process.kill()
             process.wait()
+
+
+class TestFusedStep:
+    """One kernel for all blocks: the same numbers, and never past a module that someone has changed."""
+
+    @pytest.fixture
+    def lm(self) -> MambaLM:
+        pytest.importorskip("numba")
+        return make_lm(dtype=torch.float32).requires_grad_(False)
+
+    @staticmethod
+    def step(lm: MambaLM) -> tuple[Tensor, MambaState]:
+        _, state = logits_of(lm, random_ids(3, 9))
+        hidden, after = lm.step(random_ids(3), state)
+        return lm.head(hidden), after
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @torch.no_grad()
+    def test_equals_the_ordinary_step(self, lm: MambaLM, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[int] = []
+        for name in ("stack_step", "linear"):
+            kernel = getattr(fused, name)
+            monkeypatch.setattr(fused, name, lambda *args, kernel=kernel: calls.append(1) or kernel(*args))
+        cast_parameters(lm, dtype)
+        logits, state = self.step(lm)
+        assert len(calls) == 2
+        with ops.use_backend("reference"):
+            expected, expected_state = self.step(lm)
+        assert logits.dtype == expected.dtype == dtype
+        # bfloat16: the ordinary step rounds between all operations, to 8 bits
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05
+        scale = float(expected.float().abs().max())
+        torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance * scale)
+        for ours, theirs in zip([*state.conv, *state.ssm], [*expected_state.conv, *expected_state.ssm], strict=True):
+            assert ours.dtype == theirs.dtype
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * float(theirs.abs().max()))
+
+    @pytest.mark.parametrize(
+        "path", ["mixer.in_proj", "mixer.x_proj", "mixer.dt_proj", "mixer.out_proj", "mixer.conv1d"]
+    )
+    @torch.no_grad()
+    def test_adapters_take_part(self, lm: MambaLM, path: str) -> None:
+        plain, _ = self.step(lm)
+        parent, name = lm.backbone.layers[1].get_submodule(path.split(".")[0]), path.split(".")[1]
+        module = getattr(parent, name)
+
+        class Adapted(type(module)):
+            @property
+            def weight(self) -> Tensor:
+                return 2 * super().__getattr__("weight")
+
+        module.__class__ = Adapted
+        adapted, _ = self.step(lm)
+        with ops.use_backend("reference"):
+            expected, _ = self.step(lm)
+        torch.testing.assert_close(adapted, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(adapted, plain, rtol=1e-3)
+
+    @pytest.mark.parametrize("path", ["backbone.layers.0.mixer.in_proj", "backbone.layers.1.norm", "lm_head"])
+    @torch.no_grad()
+    def test_hooks_are_called(self, lm: MambaLM, path: str) -> None:
+        calls: list[int] = []
+        _, state = logits_of(lm, random_ids(3, 9))
+        lm.get_submodule(path).register_forward_hook(lambda *_: calls.append(1))
+        hidden, _ = lm.step(random_ids(3), state)
+        lm.head(hidden)
+        assert calls == [1]
