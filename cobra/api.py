@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -14,15 +14,19 @@ from PIL import Image
 from cobra.config import one_of
 from cobra.errors import ConfigError, ShapeError
 from cobra.generation.engine import choice_probabilities, decode
-from cobra.generation.sampling import Sampling
+from cobra.generation.sampling import Sampling, SamplingOptions
+from cobra.generation.stopping import AnswerText, stop_strings
 from cobra.hub import open_image, resolve_model_folder
 from cobra.models.build import cast_parameters
-from cobra.models.mamba import MambaState
+from cobra.models.state import MambaState
 from cobra.models.vlm import CobraVLM
 from cobra.models.weights import load_model_folder
 from cobra.runtime import pick_device
 from cobra.text.prompt import prompt_format
 from cobra.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,13 @@ class ImageState:
         return ImageState(self.state[rows])
 
 
+class GenerateOptions(SamplingOptions, total=False):
+    """Keywords of `Cobra.generate`, which explains them, and of `Cobra.stream`."""
+
+    max_new_tokens: int
+    stop: str | Sequence[str]
+
+
 # A PIL image, a path, an http(s) URL, an array [height, width(, channels)] of uint8, or a state made from one.
 ImageLike = Image.Image | str | Path | np.ndarray | ImageState
 
@@ -57,27 +68,11 @@ class Cobra:
         self.prompt = prompt_format(model.config.llm.prompt)
 
     @overload
-    def generate(
-        self,
-        image: ImageLike | None,
-        prompt: str,
-        *,
-        max_new_tokens: int = ...,
-        temperature: float = ...,
-        top_p: float = ...,
-        seed: int = ...,
-    ) -> str: ...
+    def generate(self, image: ImageLike | None, prompt: str, **options: Unpack[GenerateOptions]) -> str: ...
 
     @overload
     def generate(
-        self,
-        image: ImageLike | Sequence[ImageLike] | None,
-        prompt: list[str],
-        *,
-        max_new_tokens: int = ...,
-        temperature: float = ...,
-        top_p: float = ...,
-        seed: int = ...,
+        self, image: ImageLike | Sequence[ImageLike] | None, prompt: list[str], **options: Unpack[GenerateOptions]
     ) -> list[str]: ...
 
     @overload
@@ -85,11 +80,7 @@ class Cobra:
         self,
         image: ImageLike | Sequence[ImageLike] | None,
         prompt: str | Sequence[str],
-        *,
-        max_new_tokens: int = ...,
-        temperature: float = ...,
-        top_p: float = ...,
-        seed: int = ...,
+        **options: Unpack[GenerateOptions],
     ) -> str | list[str]: ...
 
     @torch.inference_mode()
@@ -97,77 +88,62 @@ class Cobra:
         self,
         image: ImageLike | Sequence[ImageLike] | None,
         prompt: str | Sequence[str],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        **options: Unpack[GenerateOptions],
     ) -> str | list[str]:
         """Answer a question about an image; lists in, list out.
 
         Args:
             image: one image or a list (`ImageLike`), or None for text alone. One image serves every prompt of a list.
             prompt: one question or a list; one question is asked of every image of a list.
-            max_new_tokens: limit of the answer's length in tokens.
-            temperature: 0 is greedy; above, tokens are drawn.
-            top_p: draw from the smallest set of tokens with this probability.
-            seed: of the draws; the same call gives the same answer.
+            max_new_tokens: limit of the answer's length in tokens; 128.
+            stop: a string or a list of strings. The answer ends before the first of them that appears in it. They are
+                compared with the text as the model writes it, white space at its beginning included.
+            temperature: 0, the default, is greedy; above, tokens are drawn, the more evenly the higher it is.
+            top_k: draw from this many likeliest tokens; 0, the default: from all.
+            top_p: draw from the smallest set of tokens with this probability; 1, the default: from all.
+            min_p: draw from tokens at least this many times as likely as the likeliest; 0, the default: from all.
+            repetition_penalty: above 1, tokens that are in the prompt or the answer become less likely; 1.
+            seed: of the draws; the same call gives the same answer. Answer r of a list is the one that a call for it
+                alone gives with `seed + r`. A list gives each answer its own seed. 0.
+
+        White space around an answer is removed. `cobra.generation.sampling.Sampling` defines the options exactly.
 
         Raises:
             ShapeError: as many prompts as images are needed when both are lists.
             DataError: an image is missing or does not decode.
+            ConfigError: an option is out of its range.
+            NumericsError: the model's output is NaN or infinite.
         """
-        state, prompts = self._pair(image, prompt)
-        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-        answers: list[list[int]] = [[] for _ in prompts]
-        for step in decode(
-            self.model.llm,
-            [self._encode(text) for text in prompts],
-            state,
-            max_new_tokens=max_new_tokens,
-            end_id=self.tokenizer.end_id,
-            sampling=sampling,
-        ):
-            for row, token in step:
-                answers[row].append(token)
-        texts = [self.tokenizer.decode(ids).strip() for ids in answers]
-        return texts if _is_list(image) or _is_list(prompt) else texts[0]
+        texts, steps = self._answer(image, prompt, **options)
+        for _ in steps:
+            pass
+        answers = [text.finish() for text in texts]
+        return answers if _is_list(image) or _is_list(prompt) else answers[0]
 
-    def stream(
-        self,
-        image: ImageLike | None,
-        prompt: str,
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-    ) -> Iterator[str]:
-        """Yield the answer piece by piece; a character of several bytes is never cut. Arguments as in `generate`."""
-        ids: list[int] = []
-        done = ""
+    def stream(self, image: ImageLike | None, prompt: str, **options: Unpack[GenerateOptions]) -> Iterator[str]:
+        """Yield the answer piece by piece; the pieces join to what `generate` returns. Arguments as in `generate`.
+
+        A character of several bytes is never cut, and nothing of a stop string is yielded: text that might be the
+        beginning of one waits until that is decided.
+
+        Raises:
+            ShapeError: at once, several images or prompts; all other errors as in `generate`.
+        """
         with torch.inference_mode():
-            state, prompts = self._pair(image, prompt)
-            steps = decode(
-                self.model.llm,
-                [self._encode(text) for text in prompts],
-                state,
-                max_new_tokens=max_new_tokens,
-                end_id=self.tokenizer.end_id,
-                sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
-            )
-        while True:
-            with torch.inference_mode():  # not across a yield: the caller's code runs there
-                step = next(steps, None)
-            if step is not None:
-                ids.append(step[0][1])
-            text = self.tokenizer.decode(ids)
-            if step is None or not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                if len(text) > len(done):
-                    yield text[len(done) :]
-                done = text
-            if step is None:
-                return
+            texts, steps = self._answer(image, prompt, **options)
+        if len(texts) > 1:
+            raise ShapeError(f"stream gives one answer, and this asks for {len(texts)}; use generate for several.")
+
+        def pieces() -> Iterator[str]:
+            is_last = False
+            while not is_last:
+                with torch.inference_mode():  # not across a yield: the caller's code runs there
+                    is_last = next(steps, None) is None
+                piece = texts[0].finish() if is_last else texts[0].take()
+                if piece:
+                    yield piece
+
+        return pieces()
 
     @torch.inference_mode()
     def score(
@@ -211,6 +187,35 @@ class Cobra:
         pixels = [torch.stack(view).to(self.model.device) for view in views]
         _, state = self.model.read_images(pixels)
         return ImageState(state)
+
+    def _answer(
+        self,
+        image: ImageLike | Sequence[ImageLike] | None,
+        prompt: str | Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        stop: str | Sequence[str] = (),
+        **sampling: Unpack[SamplingOptions],
+    ) -> tuple[list[AnswerText], Iterator[object]]:
+        """Return the texts of all answers, empty yet, and an iterator whose steps make them grow."""
+        chosen, stops = Sampling(**sampling), stop_strings(stop)  # checked before an image is read
+        state, prompts = self._pair(image, prompt)
+        texts = [AnswerText(self.tokenizer.decode, stops) for _ in prompts]
+
+        def is_over(row: int, token: int) -> bool:
+            texts[row].add(token)
+            return texts[row].is_over
+
+        steps = decode(
+            self.model.llm,
+            [self._encode(text) for text in prompts],
+            state,
+            max_new_tokens=max_new_tokens,
+            end_id=self.tokenizer.end_id,
+            sampling=chosen,
+            is_over=is_over,
+        )
+        return texts, steps
 
     def _encode(self, message: str) -> list[int]:
         return self.tokenizer.encode(self.prompt.question(message))

@@ -110,7 +110,7 @@ def test_stream_pieces_join_to_the_generated_text(vlm: cobra.Cobra, paths: list[
     for seed in range(4):
         options = {"temperature": temperature, "seed": seed, "max_new_tokens": 30}
         pieces = list(vlm.stream(paths[0], PROMPT, **options))
-        assert "".join(pieces).strip() == vlm.generate(paths[0], PROMPT, **options)
+        assert "".join(pieces) == vlm.generate(paths[0], PROMPT, **options)
         assert all(pieces) and (temperature == 0 or len(pieces) > 5)
 
 
@@ -126,6 +126,62 @@ def test_sampling_is_seeded(vlm: cobra.Cobra, paths: list[Path]) -> None:
     assert draw(1) == draw(1)
     assert len({draw(seed) for seed in range(5)}) > 1
     assert {draw(seed, top_p=1e-6) for seed in range(3)} == {generate(vlm, paths[0])}  # the likeliest token alone
+
+
+def test_each_answer_has_its_own_seed(vlm: cobra.Cobra, paths: list[Path]) -> None:
+    options = {"temperature": 8.0, "top_k": 50, "min_p": 1e-3, "repetition_penalty": 1.1}
+    answers = generate(vlm, paths, seed=3, **options)
+    assert answers == [generate(vlm, path, seed=3 + row, **options) for row, path in enumerate(paths)]
+    assert generate(vlm, paths, seed=[4, 4, 5, 3], **options)[1] == answers[1]
+    assert len({*generate(vlm, [paths[0]] * 4, seed=[1, 2, 1, 2], **options)}) == 2
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}, {"temperature": 1e-9}],
+    ids=lambda option: next(iter(option)),
+)
+def test_strictest_options_are_greedy(vlm: cobra.Cobra, paths: list[Path], option: dict[str, float]) -> None:
+    assert generate(vlm, paths, **{"temperature": 8.0} | option) == generate(vlm, paths)
+
+
+def test_repetition_penalty_changes_greedy_answers(vlm: cobra.Cobra, paths: list[Path]) -> None:
+    """Below 1 it rewards: the answers take up tokens of the prompt, which they do not hold otherwise."""
+    assert generate(vlm, paths, repetition_penalty=0.01) != generate(vlm, paths)
+
+
+def test_stop_strings_end_answers(vlm: cobra.Cobra, paths: list[Path]) -> None:
+    """Random text, so that a stop string can be cut out of its middle wherever the tokens end."""
+    options = {"temperature": 8.0, "max_new_tokens": 30}
+    wholes = vlm.generate(paths, PROMPT, **options)
+    for start in range(0, 12, 3):
+        stops = [whole[start : start + 4].strip() for whole in wholes]
+        assert all(stops)
+        expected = [whole[: min(whole.find(s) for s in stops if s in whole)].strip() for whole in wholes]
+        assert vlm.generate(paths, PROMPT, stop=stops, **options) == expected
+        for row, path in enumerate(paths):
+            pieces = list(vlm.stream(path, PROMPT, stop=stops, seed=row, **options))
+            assert "".join(pieces) == expected[row] and all(pieces)
+    assert vlm.generate(paths[0], PROMPT, stop="never so", **options) == wholes[0]
+
+
+def test_stream_gives_one_answer(vlm: cobra.Cobra, paths: list[Path]) -> None:
+    with pytest.raises(ShapeError, match="asks for 2; use generate"):
+        vlm.stream(vlm.encode_image(paths[:2]), PROMPT)
+
+
+def test_options_are_checked_at_once(vlm: cobra.Cobra) -> None:
+    """Before the image is read, and in `stream` before the first piece is asked for."""
+    for call in (vlm.generate, vlm.stream):
+        for options, error, message in (
+            ({"min_p": 2}, ConfigError, "min_p=2"),
+            ({"stop": ""}, ConfigError, "stop=''"),
+            ({"temprature": 1.0}, TypeError, "temprature"),
+        ):
+            with pytest.raises(error, match=message):
+                call("absent.png", PROMPT, **options)
+        with pytest.raises(ConfigError, match="max_new_tokens=0"):
+            call(None, PROMPT, max_new_tokens=0)
 
 
 def test_scores_are_a_softmax_over_the_choices(vlm: cobra.Cobra, paths: list[Path]) -> None:
@@ -168,6 +224,7 @@ def test_wrong_use_is_refused(vlm: cobra.Cobra, paths: list[Path], server: str, 
         (ConfigError, "single tokens", lambda: vlm.score(paths[0], PROMPT, ["Perhaps"])),
         (ConfigError, "temperature=-1", lambda: generate(vlm, paths[0], temperature=-1)),
         (ConfigError, "top_p=0", lambda: generate(vlm, paths[0], top_p=0)),
+        (ConfigError, "seed holds 3", lambda: generate(vlm, paths, seed=[1, 2, 3])),
     ):
         with pytest.raises(error, match=message) as caught:
             call()

@@ -2,36 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from cobra.errors import ConfigError
-from cobra.generation.sampling import Sampling, sample
-from cobra.models.mamba import MambaLM, MambaState
+from cobra.errors import ConfigError, NumericsError
+from cobra.generation.sampling import NOT_FINITE, Sampler, Sampling
+from cobra.models.mamba import MambaLM
+from cobra.models.state import MambaState
+
+PREFILL_CHUNK = 1024  # tokens of each row; 64 rows of Mamba-2.8B in bfloat16: 1.25 GiB for the widest activation
 
 
-def prefill(llm: MambaLM, prompts: Sequence[Sequence[int]], state: MambaState | None) -> tuple[Tensor, MambaState]:
+def prefill(
+    llm: MambaLM, prompts: Sequence[Sequence[int]], state: MambaState | None, *, chunk: int = PREFILL_CHUNK
+) -> tuple[Tensor, MambaState]:
     """Read token ids after a prefix.
 
     Args:
         prompts: B lists of ids, not empty, of any lengths.
         state: the prefix of each row, B rows; None for the start of a text.
+        chunk: tokens of each row that are read at a time, which bounds memory; the results do not depend on it.
 
     Returns:
-        Logits of the next token [B, V], and the state after each prompt. Both equal those of each row alone.
+        Logits of the next token [B, V], V without the embedding's padding, and the state after each prompt. Both
+        equal those of each row alone.
+
+    Raises:
+        ConfigError: an empty prompt, or a chunk without tokens.
     """
+    if chunk < 1:
+        raise ConfigError(f"chunk={chunk} must be at least 1 token.")
     if not all(prompts):
         raise ConfigError("A prompt is empty; there must be at least one token to continue from.")
     device = llm.backbone.embedding.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    input_ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+    longest = max(len(prompt) for prompt in prompts)
+    input_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         input_ids[row, : len(prompt)] = torch.tensor(prompt)
-    hidden, after = llm(llm.embed(input_ids.to(device)), state=state, lengths=lengths)
-    last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
-    return llm.head(last), after
+    input_ids = input_ids.to(device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    rows = torch.arange(len(prompts), device=device)
+
+    def read(start: int, state: MambaState | None) -> tuple[Tensor, MambaState]:
+        """Read one chunk; return the hidden state of each row's last token in it, and the state after it."""
+        ids = input_ids[:, start : start + chunk]
+        left = (lengths - start).clamp(0, ids.shape[1])
+        hidden, after = llm(llm.embed(ids), state=state, lengths=left)
+        return hidden[rows, (left - 1).clamp(min=0)], after
+
+    last, after = read(0, state)
+    for start in range(chunk, longest, chunk):
+        found, after = read(start, after)
+        last = torch.where((lengths > start)[:, None], found, last)
+    return _next_logits(llm, last), after
 
 
 def decode(
@@ -42,30 +67,74 @@ def decode(
     max_new_tokens: int,
     end_id: int,
     sampling: Sampling,
+    is_over: Callable[[int, int], bool] | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
-    """Continue prompts; yield the (row, token id) pairs of each step. `end_id` ends a row and is not yielded."""
+    """Continue prompts; yield the (row, token id) pairs of each step.
+
+    Args:
+        prompts, state: as in `prefill`.
+        max_new_tokens: limit of each row.
+        end_id: the token that ends a row; it is not yielded.
+        sampling: how tokens are chosen.
+        is_over: told each row and token once, in order, before they are yielded; True ends the row after this token.
+
+    Raises:
+        ConfigError: at once, a limit below 1 or seeds for another number of rows; an empty prompt when iterated.
+        NumericsError: when iterated, logits that are NaN or infinite.
+    """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 1.")
-    logits, state = prefill(llm, prompts, state)
-    generator = sampling.generator(logits.device)
-    rows = torch.arange(len(prompts), device=logits.device)
-    for i in range(max_new_tokens):
-        tokens = sample(logits, sampling, generator)
-        going = tokens != end_id
-        if not bool(going.all()):
-            kept = going.nonzero().squeeze(-1)
-            rows, tokens, state = rows[kept], tokens[kept], state[kept]
-        if len(rows) == 0:
-            return
-        yield list(zip(rows.tolist(), tokens.tolist(), strict=True))
-        if i + 1 < max_new_tokens:
-            hidden, state = llm.step(tokens, state)
-            logits = llm.head(hidden)
+    sampler = Sampler(sampling, prompts, llm.config.vocab_size, llm.backbone.embedding.weight.device)
+
+    def steps() -> Iterator[list[tuple[int, int]]]:
+        logits, after = prefill(llm, prompts, state)
+        rows = list(range(len(prompts)))
+        for i in range(max_new_tokens):
+            tokens = sampler.choose(logits)
+            chosen = list(zip(rows, tokens.tolist(), strict=True))  # the only time in a step that the device is awaited
+            for row, token in chosen:
+                if token == NOT_FINITE:
+                    raise _not_finite(llm, f"token {i + 1} of answer {row}")
+            pairs = [(row, token) for row, token in chosen if token != end_id]
+            left = {row for row, token in pairs if is_over is None or not is_over(row, token)}
+            if pairs:
+                yield pairs
+            if not left or i + 1 == max_new_tokens:
+                return
+            if len(left) < len(rows):
+                kept = torch.tensor([n for n, row in enumerate(rows) if row in left], device=tokens.device)
+                rows = [row for row in rows if row in left]
+                tokens, after = tokens[kept], after[kept]
+                sampler.keep(kept)
+            hidden, after = llm.step(tokens, after)
+            logits = _next_logits(llm, hidden)
+
+    return steps()
 
 
 def choice_probabilities(
     llm: MambaLM, prompts: Sequence[Sequence[int]], state: MambaState | None, choice_ids: Sequence[int]
 ) -> Tensor:
-    """Probability of each single-token choice as the next token, renormalised over the choices: [B, choices]."""
+    """Probability of each single-token choice as the next token, renormalised over the choices: [B, choices].
+
+    Raises:
+        NumericsError: logits that are NaN or infinite.
+    """
     logits, _ = prefill(llm, prompts, state)
-    return torch.softmax(logits[:, list(choice_ids)].float(), dim=-1)
+    logits = logits[:, list(choice_ids)].float()
+    if not bool(logits.isfinite().all()):
+        raise _not_finite(llm, "the choices")
+    return torch.softmax(logits, dim=-1)
+
+
+def _next_logits(llm: MambaLM, hidden: Tensor) -> Tensor:
+    """Hidden states [B, D] -> logits [B, V]; the embedding's padding rows are no tokens and take no part."""
+    return llm.head(hidden)[:, : llm.config.vocab_size]
+
+
+def _not_finite(llm: MambaLM, place: str) -> NumericsError:
+    dtype = str(llm.backbone.embedding.weight.dtype).removeprefix("torch.")
+    return NumericsError(
+        f"The logits for {place} hold NaN or infinity, where all must be finite: the weights are damaged or too large "
+        f"for {dtype}. Check the model folder, or load it with another dtype."
+    )
