@@ -1,25 +1,31 @@
-"""Speed and memory of the selective scan, side by side with what others ship for the CPU.
+"""Speed and memory of the sequence model's operations, side by side with what a user would pick instead.
 
-    python benchmarks/ops.py                # our backends and mambapy's parallel scan
-    python benchmarks/ops.py --slow         # also the reference and transformers on the large shape: minutes
+    python benchmarks/ops.py                # on the CPU and, where there is one, on the GPU
+    python benchmarks/ops.py --slow         # also loops over time on the large shape: some minutes
+    python benchmarks/ops.py --only scan --device cpu --threads 2 --json ops.json
 
-Every row computes the same thing: softplus of the step size, recurrence, skip and gate; rows that disagree with the
-reference are marked. A time is the least of several runs. `floor` is the time that the exponentials alone need with
-our kernel's own exp on the same threads (one per state element in the forward pass, one more in the backward pass),
-and `of floor` is how much of a row's time that is. `peak` is the growth of resident memory (Linux only).
+Rows of one case compute the same thing; one that disagrees with the reference is marked. They run in turns, and a time
+is the least of several, so that a busy machine troubles all alike.
+
+    floor      the least time the machine allows: the bytes that must move at its bandwidth or, if that takes longer,
+               the exponentials at the rate of our CPU kernel's own exp (on a GPU: bytes alone)
+    GB/s       those bytes by the time
+    peak       growth of memory during the call, results included (on the CPU: resident memory, Linux only)
+    transformers   the recurrence of the slow path of transformers, which is no function there and is spelled out here
+    mambapy    its parallel scan, which transformers can use instead
 """
 # Numba's intrinsics take one argument less than their definitions show.
 # pyright: reportCallIssue=false
 
 import argparse
 import ctypes
-import importlib.util
 import json
+import math
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -27,27 +33,61 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cobra.ops
+from cobra.ops.dispatch import discover
 
-SHAPES = [(32, 96, 256, 16), (1, 800, 1536, 16)]  # batch, length, dim, state
-SECONDS_PER_CASE = 5.0
+CPU_SHAPES = [(32, 96, 256, 16), (1, 800, 1536, 16)]  # batch, length, dim, state: the tiny model, mamba-130m
+GPU_SHAPES = [(1, 1024, 5120, 16), (16, 1024, 5120, 16)]  # mamba-2.8b
+SECONDS = 4.0  # for each row of a case
+MEBIBYTE = 2**20
 
-Scan = Callable[..., Tensor]
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One operation on tensors of one size, and everything that can compute it."""
+
+    operation: str
+    shape: tuple[int, ...]
+    tensors: Mapping[str, Tensor]
+    functions: Mapping[str, Function]
+    passes: tuple[str, ...] = ("forward", "forward+backward")
+    bytes_moved: Mapping[str, int]
+    exponentials: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measured case; times in milliseconds, memory in MiB."""
+    """One measured row; times in milliseconds, memory in MiB."""
 
-    backend: str
-    shape: tuple[int, int, int, int]
+    operation: str
+    shape: tuple[int, ...]
+    device: str
     passes: str
+    name: str
     milliseconds: float
     floor: float
+    gigabytes_per_second: float
     peak: float | None
     agrees: bool
 
 
-def arguments(batch: int, length: int, dim: int, state: int) -> dict[str, Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the device can do at most."""
+
+    device: torch.device
+    bytes_per_second: float
+    exponentials_per_second: float
+
+    def floor(self, bytes_moved: int, exponentials: int) -> float:
+        """Milliseconds."""
+        return 1e3 * max(bytes_moved / self.bytes_per_second, exponentials / self.exponentials_per_second)
+
+
+def scan_tensors(
+    batch: int, length: int, dim: int, state: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Inputs of the sizes that a trained Mamba has: steps of 0.001 to 0.1, decay rates 1 to `state`."""
     generator = torch.Generator().manual_seed(0)
 
@@ -55,43 +95,49 @@ def arguments(batch: int, length: int, dim: int, state: int) -> dict[str, Tensor
         return torch.randn(*shape, generator=generator)
 
     steps = torch.exp(torch.rand(dim, generator=generator) * 4.6 - 6.9)
-    tensors = {
+    inputs = {
         "u": draw(batch, length, dim),
         "delta": draw(batch, length, dim) * 0.1,
-        "A": -torch.arange(1.0, state + 1).repeat(dim, 1),
         "B": draw(batch, length, state),
         "C": draw(batch, length, state),
-        "D": torch.ones(dim),
         "z": draw(batch, length, dim),
+    }
+    parameters = {
+        "A": -torch.arange(1.0, state + 1).repeat(dim, 1),
+        "D": torch.ones(dim),
         "delta_bias": torch.log(torch.expm1(steps)),
     }
+    tensors = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
+    tensors |= {name: tensor.to(device) for name, tensor in parameters.items()}
     return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
 
 
-def ours(backend: str) -> Scan:
-    def scan(**tensors: Tensor) -> Tensor:
-        with cobra.ops.use_backend(backend):
-            return cobra.ops.selective_scan(**tensors, delta_softplus=True)[0]
+def ours(backend: str, operation: str, **options: object) -> Function:
+    function = getattr(cobra.ops, operation)
 
-    return scan
+    def call(**tensors: Tensor) -> tuple[Tensor, ...]:
+        with cobra.ops.use_backend(backend):
+            return function(**tensors, **options)
+
+    return call
 
 
 def mambapy_scan(
     *, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor
-) -> Tensor:
+) -> tuple[Tensor]:
     """mambapy's parallel scan over [batch, length, dim, state] tensors, with the rest around it."""
     from mambapy.pscan import pscan
 
     dt = F.softplus(delta + delta_bias)[..., None]
     states = pscan(torch.exp(dt * A), dt * B[:, :, None, :] * u[..., None])
     y = (states @ C[..., None]).squeeze(-1)
-    return (y + D * u) * F.silu(z)
+    return ((y + D * u) * F.silu(z),)
 
 
 def transformers_scan(
     *, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor
-) -> Tensor:
-    """The recurrence of the slow path of transformers: discretised at once, then a loop over time, channels first."""
+) -> tuple[Tensor]:
+    """Discretised at once, then a loop over time, channels first."""
     x = u.transpose(1, 2)
     dt = F.softplus(delta + delta_bias).transpose(1, 2)[..., None]  # [batch, dim, length, 1]
     decay = torch.exp(A[None, :, None, :] * dt)
@@ -102,48 +148,138 @@ def transformers_scan(
         h = decay[:, :, t] * h + inputs[:, :, t]
         ys.append(torch.matmul(h, C[:, t, :, None])[..., 0])
     y = torch.stack(ys, dim=-1) + x * D[None, :, None]
-    return (y * F.silu(z.transpose(1, 2))).transpose(1, 2)
+    return ((y * F.silu(z.transpose(1, 2))).transpose(1, 2),)
 
 
-def exponentials_per_second() -> float:
+def torch_conv(*, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+    """PyTorch's own depthwise convolution, which wants channels first."""
+    y = F.conv1d(x.transpose(1, 2), weight[:, None], bias, padding=weight.shape[1] - 1, groups=weight.shape[0])
+    return (F.silu(y[..., : x.shape[1]]).transpose(1, 2),)
+
+
+def torch_norm(*, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """PyTorch's own RMSNorm after an addition in float32."""
+    total = x.float() + residual
+    return F.rms_norm(total, weight.shape, weight, eps).to(x.dtype), total
+
+
+def cases(device: torch.device, backends: list[str], slow: bool) -> list[Case]:
+    on_cpu = device.type == "cpu"
+    dtype = torch.float32 if on_cpu else torch.bfloat16
+    size = dtype.itemsize
+    found: list[Case] = []
+    for shape in CPU_SHAPES if on_cpu else GPU_SHAPES:
+        batch, length, dim, state = shape
+        tensors = scan_tensors(*shape, device, dtype)
+        wide, narrow = size * batch * length * dim, size * batch * length * state
+        loops = shape == CPU_SHAPES[0] or slow
+        functions = {
+            name: ours(name, "selective_scan", delta_softplus=True) for name in backends if name != "reference"
+        }
+        functions |= {"mambapy": mambapy_scan} if on_cpu and find_spec("mambapy") else {}
+        if loops:
+            functions["reference"] = ours("reference", "selective_scan", delta_softplus=True)
+            functions["transformers"] = transformers_scan
+        found.append(
+            Case(
+                operation="selective_scan", shape=shape, tensors=tensors, functions=functions,
+                # u, delta, z, B, C in, y out; then those and dy in, du, ddelta, dz, dB, dC out
+                bytes_moved={"forward": 4 * wide + 2 * narrow, "forward+backward": 11 * wide + 6 * narrow},
+                exponentials={"forward": wide // size * state, "forward+backward": 2 * (wide // size) * state},
+            )
+        )  # fmt: skip
+        step = {name: t[:, 0].detach() if t.dim() == 3 else t.detach() for name, t in tensors.items()}
+        step["state"] = torch.zeros(batch, dim, state, device=device)
+        found.append(
+            Case(
+                operation="selective_state_update", shape=(batch, dim, state), tensors=step, passes=("forward",),
+                functions={name: ours(name, "selective_state_update", delta_softplus=True) for name in backends},
+                bytes_moved={"forward": 4 * (2 * batch + 1) * dim * state + 4 * size * batch * dim},
+                exponentials={"forward": batch * dim * state},
+            )
+        )  # fmt: skip
+        conv = {"x": tensors["u"], "weight": torch.randn(dim, 4, device=device, requires_grad=True)}
+        conv["bias"] = torch.zeros(dim, device=device, requires_grad=True)
+        found.append(
+            Case(
+                operation="causal_conv1d", shape=(batch, length, dim, 4), tensors=conv,
+                functions={name: ours(name, "causal_conv1d") for name in backends} | {"torch": torch_conv},
+                bytes_moved={"forward": 2 * wide, "forward+backward": 5 * wide},
+                exponentials={"forward": tensors["u"].numel(), "forward+backward": 2 * tensors["u"].numel()},
+            )
+        )  # fmt: skip
+        norm = {"x": tensors["u"], "residual": torch.randn(batch, length, dim, device=device, requires_grad=True)}
+        norm["weight"] = torch.ones(dim, device=device, requires_grad=True)
+        full = 4 * batch * length * dim  # the residual is float32
+        found.append(
+            Case(
+                operation="add_rms_norm", shape=(batch, length, dim), tensors=norm,
+                functions={name: ours(name, "add_rms_norm", eps=1e-5) for name in backends}
+                | {"torch": lambda **given: torch_norm(**given, eps=1e-5)},
+                # x and residual in, normed and sum out; then sum and two gradients in, two gradients out
+                bytes_moved={"forward": 2 * wide + 2 * full, "forward+backward": 4 * wide + 5 * full},
+                exponentials={"forward": 0, "forward+backward": 0},
+            )
+        )  # fmt: skip
+    return found
+
+
+def cpu_exponentials_per_second() -> float:
     """How many of the CPU kernel's exponentials all threads together compute, on data in the first-level cache."""
     import numpy as np
     from numba import njit
 
+    from cobra.ops.backends.cpu.threads import run
     from cobra.ops.backends.cpu.vector import LANES, exp2, load, store
 
     @njit(nogil=True)
-    def kernel(values, out, repeats):
-        for _ in range(repeats):
+    def kernel(start, stop, values):
+        out = np.empty_like(values)
+        for _ in range(start, stop):
             for at in range(0, values.size, LANES):
                 store(out, at, exp2(load(values, at)))
 
-    def run(repeats: int) -> None:
-        kernel(np.linspace(-10, 0, 1024, dtype=np.float32), np.empty(1024, np.float32), repeats)
+    values, repeats = np.linspace(-10, 0, 1024, dtype=np.float32), 40_000
+    run(kernel, 8, 1, values)
+    seconds = least_seconds({"": lambda: run(kernel, repeats, 10**9, values)}, torch.device("cpu"))[""]
+    return repeats * values.size / seconds
 
-    run(1)
-    threads, repeats, best = torch.get_num_threads(), 20_000, 0.0
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(5):
+
+def bytes_per_second(device: torch.device) -> float:
+    """Bytes read and written by a copy too large for any cache."""
+    source = torch.zeros((2**28 if device.type == "cpu" else 2**31) // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / least_seconds({"": lambda: target.copy_(source)}, device)[""]
+
+
+def least_seconds(functions: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """The least time of each function; they run in turns, each at least twice and for about `SECONDS`."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    waiting = dict(functions)
+    while waiting:
+        for name, function in list(waiting.items()):
+            _wait(device)
             start = time.perf_counter()
-            list(pool.map(run, [repeats] * threads))
-            best = max(best, threads * repeats * 1024 / (time.perf_counter() - start))
-    return best
+            function()
+            _wait(device)
+            times[name].append(time.perf_counter() - start)
+            if len(times[name]) >= 2 and (sum(times[name]) > SECONDS or len(times[name]) >= 100):
+                del waiting[name]
+    return {name: min(values) for name, values in times.items()}
 
 
-def least_milliseconds(function: Callable[[], object]) -> float:
-    """The least time of at least two runs and at most 50, for about `SECONDS_PER_CASE`."""
-    times: list[float] = []
-    deadline = time.perf_counter() + SECONDS_PER_CASE
-    while len(times) < 2 or (len(times) < 50 and time.perf_counter() < deadline):
-        start = time.perf_counter()
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_mebibytes(function: Callable[[], object], device: torch.device) -> float | None:
+    """By how much memory grows at most while the function runs; None where the system cannot tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         function()
-        times.append(1e3 * (time.perf_counter() - start))
-    return min(times)
-
-
-def peak_mebibytes(function: Callable[[], object]) -> float | None:
-    """By how much resident memory grows at most while the function runs; None where the system cannot tell."""
+        return (torch.cuda.max_memory_allocated(device) - before) / MEBIBYTE
     try:
         ctypes.CDLL(None).malloc_trim(0)  # else memory freed by earlier cases is reused and the growth hidden
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
@@ -159,71 +295,99 @@ def _resident_peak() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
-def measure(backend: str, scan: Scan, shape: tuple[int, int, int, int], rate: float) -> list[Row]:
-    tensors = arguments(*shape)
-    leaves = list(tensors.values())
-
-    def forward() -> Tensor:
+def _call(function: Function, tensors: Mapping[str, Tensor], passes: str) -> Callable[[], object]:
+    def forward() -> object:
         with torch.no_grad():
-            return scan(**tensors)
+            return function(**tensors)
 
-    def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(scan(**tensors).sum(), leaves)
+    def both() -> object:
+        outputs = function(**tensors)
+        return torch.autograd.grad(outputs[0], list(tensors.values()), torch.ones_like(outputs[0]))
 
-    with torch.no_grad(), cobra.ops.use_backend("reference"):
-        expected = cobra.ops.selective_scan(**tensors, delta_softplus=True)[0]
-    agrees = torch.allclose(forward(), expected, rtol=1e-4, atol=1e-4)
-    elements = shape[0] * shape[1] * shape[2] * shape[3]
-    return [
-        Row(
-            backend=backend,
-            shape=shape,
-            passes=passes,
-            milliseconds=least_milliseconds(function),
-            floor=1e3 * exponentials * elements / rate,
-            peak=peak_mebibytes(function),
-            agrees=agrees,
-        )
-        for passes, function, exponentials in (("forward", forward, 1), ("forward+backward", both, 2))
-    ]
+    return forward if passes == "forward" else both
+
+
+def measure(case: Case, machine: Machine) -> list[Row]:
+    device = machine.device
+    with torch.no_grad():
+        options = {"delta_softplus": True} if "state" in case.operation or "scan" in case.operation else {}
+        options |= {"eps": 1e-5} if case.operation == "add_rms_norm" else {}
+        expected = ours("reference", case.operation, **options)(**case.tensors)[0].float()
+        tolerance = 1e-4 if case.tensors[next(iter(case.tensors))].dtype == torch.float32 else 3e-2
+        agrees = {
+            name: torch.allclose(function(**case.tensors)[0].float(), expected, rtol=tolerance, atol=tolerance)
+            for name, function in case.functions.items()
+        }
+    rows: list[Row] = []
+    for passes in case.passes:
+        calls = {name: _call(function, case.tensors, passes) for name, function in case.functions.items()}
+        seconds = least_seconds(calls, device)
+        rows += [
+            Row(
+                operation=case.operation,
+                shape=case.shape,
+                device=device.type,
+                passes=passes,
+                name=name,
+                milliseconds=1e3 * seconds[name],
+                floor=machine.floor(case.bytes_moved[passes], case.exponentials[passes]),
+                gigabytes_per_second=case.bytes_moved[passes] / seconds[name] / 1e9,
+                peak=peak_mebibytes(call, device),
+                agrees=agrees[name],
+            )
+            for name, call in calls.items()
+        ]
+    return rows
 
 
 def table(rows: list[Row]) -> str:
-    lines = [f"{'backend':14} {'shape':20} {'passes':17} {'ms':>9} {'x cpu':>7} {'of floor':>9} {'peak MiB':>9}"]
-    base = {(row.shape, row.passes): row.milliseconds for row in rows if row.backend == "cpu"}
+    """One line per row; the ratios say how many times faster than that peer a row is."""
+    peers = ("torch", "mambapy", "transformers")
+    lines = [
+        f"{'':13} {'ms':>10} {'of floor':>9} {'GB/s':>7} {'peak MiB':>9}" + "".join(f"{'x ' + p:>15}" for p in peers)
+    ]
+    times = {(row.operation, row.shape, row.passes, row.name): row.milliseconds for row in rows}
+    group = None
     for row in rows:
-        ratio = row.milliseconds / base[row.shape, row.passes] if base else float("nan")
+        if group != (group := (row.operation, row.shape, row.passes)):
+            lines.append(f"{row.operation} {list(row.shape)} {row.passes} on {row.device}, floor {row.floor:.3g} ms")
         peak = "" if row.peak is None else f"{row.peak:.0f}"
-        lines.append(
-            f"{row.backend:14} {row.shape!s:20} {row.passes:17} {row.milliseconds:9.2f} {ratio:7.1f} "
-            f"{row.floor / row.milliseconds:9.0%} {peak:>9}{'' if row.agrees else '  WRONG RESULT'}"
-        )
+        line = f"  {row.name:11} {row.milliseconds:10.3f} {row.floor / row.milliseconds:9.0%}"
+        line += f" {row.gigabytes_per_second:7.1f} {peak:>9}"
+        for peer in peers:
+            ratio = times.get((*group, peer), math.nan) / row.milliseconds
+            line += f"{'' if math.isnan(ratio) else f'{ratio:.1f}':>15}"
+        lines.append(line + ("" if row.agrees else "  WRONG RESULT"))
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slow", action="store_true", help="also the loops over time on the large shape")
+    parser.add_argument("--slow", action="store_true", help="also the loops over time on large shapes")
+    parser.add_argument("--only", default="", help="operations with this in their name")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="both by default, where there are both")
     parser.add_argument("--threads", type=int, help="threads; PyTorch's choice by default")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    devices = [options.device] if options.device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
-    scans: dict[str, Scan] = {"cpu": ours("cpu")}
-    if importlib.util.find_spec("mambapy"):
-        scans["mambapy"] = mambapy_scan
-    scans |= {"reference": ours("reference"), "transformers": transformers_scan}
-    slow = {"reference", "transformers"}
-
-    rate = exponentials_per_second()
-    sys.stdout.write(f"{torch.get_num_threads()} threads, {rate / 1e9:.2f}e9 exponentials per second\n")
     rows: list[Row] = []
-    for shape in SHAPES:
-        for backend, scan in scans.items():
-            if backend in slow and shape != SHAPES[0] and not options.slow:
-                continue
-            rows += measure(backend, scan, shape, rate)
+    for device in map(torch.device, devices):
+        backends = [
+            name
+            for name, module in discover().items()
+            if module.available() is None and module.supports(device, torch.float32) is None
+        ]
+        bandwidth = bytes_per_second(device)
+        rate = cpu_exponentials_per_second() if device.type == "cpu" and "cpu" in backends else math.inf
+        machine = Machine(device=device, bytes_per_second=bandwidth, exponentials_per_second=rate)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        sys.stdout.write(f"{device}: {name}, {bandwidth / 1e9:.1f} GB/s copied, {rate / 1e9:.2f}e9 exponentials/s\n")
+        for case in cases(device, backends, options.slow):
+            if options.only in case.operation:
+                rows += measure(case, machine)
     sys.stdout.write(table(rows) + "\n")
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

@@ -217,6 +217,7 @@ class ParallelConfig:
 
     device: str = "auto"
     precision: str = "fp32"
+    ops: str = "auto"  # backend of the sequence model's operations, see cobra.ops
 
     def __post_init__(self) -> None:
         one_of("parallel.precision", self.precision, ("fp32", "bf16"))
@@ -291,6 +292,7 @@ class EvaluateConfig:
     limit: int | None = None
     device: str = "auto"
     dtype: str = "float32"
+    ops: str = "auto"  # as parallel.ops
     output: str | None = None
 
     def __post_init__(self) -> None:

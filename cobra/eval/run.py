@@ -15,6 +15,7 @@ from cobra.eval import engine, gallery, report
 from cobra.eval.benchmark import Benchmark, Scores
 from cobra.eval.store import AnswerStore
 from cobra.hub import resolve_model_folder
+from cobra.ops import use_backend
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,11 @@ def evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
     Raises:
         CobraError: the data or the model is missing or broken, or the folder holds another evaluation.
     """
+    with use_backend(config.ops):
+        return _evaluate(config, benchmark)
+
+
+def _evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
     model_folder = resolve_model_folder(config.load)
     every_question = benchmark.questions()
     questions = engine.select(every_question, config.limit)

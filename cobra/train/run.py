@@ -20,6 +20,7 @@ from cobra.hub import resolve_file, resolve_model_folder
 from cobra.models.build import build_model, set_trainable
 from cobra.models.vlm import CobraVLM
 from cobra.models.weights import load_part, save_model_folder
+from cobra.ops import use_backend
 from cobra.runtime import pick_device, write_text
 from cobra.text.prompt import prompt_format
 from cobra.text.tokenizer import Tokenizer
@@ -56,6 +57,11 @@ def pretrain(config: PretrainConfig) -> Path:
     Raises:
         CobraError: one of its children says what does not fit.
     """
+    with use_backend(config.parallel.ops):
+        return _pretrain(config)
+
+
+def _pretrain(config: PretrainConfig) -> Path:
     run_folder = Path(config.paths.runs) / config.run.name
     _check_run_folder(run_folder, config)
     device = pick_device(config.parallel.device)

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from cobra.config import PretrainConfig
 from cobra.data.batch import Batch
-from cobra.errors import CheckpointError, CobraError, DataError, Interrupted
-from cobra.models.vlm import CobraVLM
+from cobra.errors import CheckpointError, DataError, Interrupted, NumericsError
+from cobra.models.vlm import CobraOutput, CobraVLM
 from cobra.runtime import peak_memory_gib
 from cobra.train import checkpoint
 from cobra.train.checkpoint import Progress
@@ -67,7 +67,7 @@ class Trainer:
 
         Raises:
             Interrupted: after a signal, once the step is finished and saved.
-            CobraError: the loss or a gradient is not finite; the update has not been made.
+            NumericsError: the loss, a gradient or a parameter is not finite; the update has not been made.
         """
         train, window = self.config.train, _Window(self)
         bar = tqdm(
@@ -114,23 +114,17 @@ class Trainer:
         loss = torch.zeros((), device=device)
         for batch in batches:
             batch = batch.to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.config.parallel.precision == "bf16"):
-                output = self.model(
-                    batch.input_ids,
-                    pixels=batch.pixels,
-                    labels=batch.labels,
-                    image_index=batch.image_index,
-                    lengths=batch.lengths,
-                )
+            try:
+                output = self._forward(batch)
+            except NumericsError as error:  # of a parameter, found before there is a loss
+                raise self._diverged(str(error).rstrip(".")) from error
+            assert output.loss_sum is not None  # the batch has labels
             part = output.loss_sum / num_labels
             part.backward()
             loss += part.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise CobraError(
-                f"Step {step + 1}: loss {float(loss)}, gradient norm {float(grad_norm)}. The update was not made; "
-                f"the last checkpoint in {self.checkpoints} is good. Try a lower train.learning_rate."
-            )
+            raise self._diverged(f"loss {float(loss)}, gradient norm {float(grad_norm)}")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.num_steps, train)
         self.optimizer.step()
@@ -142,6 +136,23 @@ class Trainer:
             seconds=self.progress.seconds + time.perf_counter() - started,
         )
         return float(loss), float(grad_norm)
+
+    def _forward(self, batch: Batch) -> CobraOutput:
+        is_mixed = self.config.parallel.precision == "bf16"
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=is_mixed):
+            return self.model(
+                batch.input_ids,
+                pixels=batch.pixels,
+                labels=batch.labels,
+                image_index=batch.image_index,
+                lengths=batch.lengths,
+            )
+
+    def _diverged(self, what: str) -> NumericsError:
+        return NumericsError(
+            f"Step {self.progress.step + 1}: {what}. The update was not made; "
+            f"the last checkpoint in {self.checkpoints} is good. Try a lower train.learning_rate."
+        )
 
     @contextmanager
     def _saving_on_bad_data(self) -> Iterator[None]:

@@ -18,8 +18,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cobra.config import PretrainConfig, TrainConfig
-from cobra.errors import CheckpointError, CobraError, ConfigError, DataError, Interrupted
+from cobra.errors import (
+    BackendError,
+    CheckpointError,
+    CobraError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    NumericsError,
+)
 from cobra.models.build import build_model, set_trainable
+from cobra.models.loss import labelled_loss
+from cobra.ops import reference
+from cobra.ops.dispatch import forced_backend
 from cobra.train import checkpoint
 from cobra.train.optim import build_optimizer, learning_rate
 from cobra.train.run import pretrain
@@ -175,15 +186,22 @@ def test_finished_run_is_left_as_it_is(fit: Fit) -> None:
     assert (run / "metrics.jsonl").read_text() == before
 
 
-def test_not_finite_loss_stops_before_the_update(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["parameters", "loss"])
+def test_divergence_stops_before_the_update(fit: Fit, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     steps = []
 
-    def poisoned(step: int, num_steps: int, config: TrainConfig) -> float:
+    def rate(step: int, num_steps: int, config: TrainConfig) -> float:
         steps.append(step)
-        return math.nan if step == 5 else 1e-3  # the weights are NaN after it, the next loss too
+        return math.nan if step == 5 and where == "parameters" else 1e-3  # the next step finds weights of NaN
 
-    monkeypatch.setattr("cobra.train.trainer.learning_rate", poisoned)
-    with pytest.raises(CobraError, match=r"Step 7: loss nan.*last checkpoint in .* is good") as caught:
+    def poisoned_loss(*args: Tensor) -> tuple[Tensor, Tensor]:
+        loss_sum, count = labelled_loss(*args)
+        return loss_sum * (math.nan if len(set(steps)) == 6 and where == "loss" else 1), count
+
+    monkeypatch.setattr("cobra.train.trainer.learning_rate", rate)
+    monkeypatch.setattr("cobra.models.vlm.labelled_loss", poisoned_loss)
+    found = "NaN" if where == "parameters" else "loss nan"
+    with pytest.raises(NumericsError, match=rf"^Step 7: .*\b{found}\b.*last checkpoint in .* is good") as caught:
         fit()
     assert "\n" not in str(caught.value)
     assert sorted(set(steps)) == [0, 1, 2, 3, 4, 5]
@@ -374,6 +392,7 @@ def test_rows_cut_before_their_answer_are_named(fit: Fit, tmp_path: Path) -> Non
         (["model.vision.towers.0.weights=absent"], CheckpointError, "towers[0].weights=absent"),
         (["init_from=absent"], CheckpointError, "no run or model folder"),
         (["parallel.device=gpu"], ConfigError, "'gpu' is not a device"),
+        (["parallel.ops=cuda"], BackendError, "Unknown ops backend 'cuda'; known backends: "),
     ],
 )
 def test_bad_input_is_refused_before_training(
@@ -382,6 +401,15 @@ def test_bad_input_is_refused_before_training(
     with pytest.raises(error) as caught:
         fit(*overrides)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_configured_ops_backend_is_used(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str | None] = []
+    scan = reference.selective_scan
+    monkeypatch.setattr(reference, "selective_scan", lambda *a, **k: used.append(forced_backend()) or scan(*a, **k))
+    fit("parallel.ops=reference", "train.max_steps=1", "run.name=slow")
+    assert set(used) == {"reference"}
+    assert forced_backend() is None
 
 
 def test_wandb_works_offline(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
