@@ -30,7 +30,7 @@ from cobra.models.mamba import MambaLM, MambaState
 
 MAMBA_130M = LLMConfig(d_model=768, num_layers=24, vocab_size=50277, tokenizer="", prompt="mamba")
 PREFIX_LENGTH = 8
-RUNS_PER_TURN = 4  # consecutive, as in real decoding: what others leave in caches and spinning threads fades
+RUNS_PER_TURN = 4  # consecutive, as in real decoding, after one that does not count
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # relative to the largest logit
 
 Way = Callable[[], Tensor]
@@ -112,6 +112,7 @@ def take_turns(ways: dict[str, Callable[[], object]], seconds: float) -> dict[st
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline:
         for name, way in ways.items():
+            way()  # what the way before has left in caches, and threads of its that still spin, fade
             for _ in range(RUNS_PER_TURN):
                 start = time.perf_counter()
                 way()

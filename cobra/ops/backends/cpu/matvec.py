@@ -8,13 +8,14 @@ from numba import njit
 from torch import Tensor
 
 from .team import finish, new_counters, run_together, take, team_size, wait
-from .vector import LANES, load_wide, load_wide_last, pointer, total, zeros_wide
+from .vector import LANES, load_wide, load_wide_last, pointer, prefetch, total, zeros_wide
 
 MAX_ROWS = 8  # beyond, a product is bound by arithmetic, and libraries that block for caches win
 
 # How weights look to kernels: Numba knows no bfloat16.
 ELEMENTS = {torch.float32: np.empty(0, np.float32), torch.bfloat16: np.empty(0, np.uint16)}
 _PIECE = 128 * 1024  # numbers of the weight per item
+_AHEAD = 256  # numbers that are asked for before they are needed: a fifth faster where the machine is shared
 
 
 @njit(forceinline=True)
@@ -36,6 +37,7 @@ def _dot4(weight, at, x, x_at, count, out, out_at, out_step):
     sums0 = sums1 = sums2 = sums3 = zeros_wide()
     whole = count // LANES * LANES
     for i in range(0, whole, LANES):
+        prefetch(weight, at + i + _AHEAD)
         w = load_wide(weight, at + i)
         sums0 = sums0 + w * load_wide(x, x_at + i)
         sums1 = sums1 + w * load_wide(x, x_at + count + i)
@@ -60,6 +62,8 @@ def _four_dots(weight, at, distance, x, x_at, count, out, out_at, out_step):
     sums0 = sums1 = sums2 = sums3 = zeros_wide()
     whole = count // LANES * LANES
     for i in range(0, whole, LANES):
+        for row in range(4):
+            prefetch(weight, at + row * distance + i + _AHEAD)
         v = load_wide(x, x_at + i)
         sums0 = sums0 + load_wide(weight, at + i) * v
         sums1 = sums1 + load_wide(weight, at + distance + i) * v

@@ -16,6 +16,7 @@ import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
 
@@ -33,6 +34,7 @@ LOG2_E = 1.4426950408889634
 
 _FUSE = ("contract",)
 _INT32 = ir.IntType(32)
+_BYTE = ir.IntType(8)
 # 2^x on [-1/2, 1/2]: least maximal relative error (1e-7, of the order of one rounding) with the constant fixed to 1,
 # so that a step of size zero leaves the state exactly as it is. Own fit.
 _EXP2_FLOAT32 = (
@@ -144,6 +146,21 @@ def load(typing_context, array, offset):
         return builder.load(pointer, align=array.dtype.bitwidth // 8)
 
     return Vector(array.dtype)(array, types.intp), generate
+
+
+@intrinsic
+def prefetch(typing_context, array, offset):
+    """Have `array[offset : offset + LANES]` brought into the cache, if there is such memory."""
+
+    def generate(context, builder, signature, arguments):
+        first = builder.bitcast(_pointer(context, builder, signature.args[0], *arguments, 1), _BYTE.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT32, _INT32, _INT32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        for line in range(0, LANES * array.dtype.bitwidth // 8, 64):  # to read, to keep, data
+            builder.call(function, [builder.gep(first, [_INT32(line)]), _INT32(0), _INT32(3), _INT32(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
 
 
 @intrinsic
