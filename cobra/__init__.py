@@ -15,10 +15,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cobra.api import Cobra, load
     from cobra.errors import CobraError
+    from cobra.releases import available_models
 
-__all__ = ["Cobra", "CobraError", "load"]
+__all__ = ["Cobra", "CobraError", "available_models", "load"]
 
-_HOMES = {"Cobra": "cobra.api", "load": "cobra.api", "CobraError": "cobra.errors"}
+_HOMES = {
+    "Cobra": "cobra.api",
+    "CobraError": "cobra.errors",
+    "available_models": "cobra.releases",
+    "load": "cobra.api",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -16,11 +17,12 @@ from cobra.errors import ConfigError, ShapeError
 from cobra.generation.engine import choice_probabilities, decode
 from cobra.generation.sampling import Sampling, SamplingOptions
 from cobra.generation.stopping import AnswerText, stop_strings
-from cobra.hub import open_image, resolve_model_folder
-from cobra.models.build import cast_parameters
+from cobra.hub import open_image, upload_folder
+from cobra.loading import read_model, settings
+from cobra.models.export import check_replaceable, model_card
 from cobra.models.state import MambaState
 from cobra.models.vlm import CobraVLM
-from cobra.models.weights import load_model_folder
+from cobra.models.weights import save_model_folder
 from cobra.runtime import pick_device
 from cobra.text.prompt import prompt_format
 from cobra.text.tokenizer import Tokenizer
@@ -66,6 +68,28 @@ class Cobra:
         self.tokenizer = tokenizer
         self.name = name
         self.prompt = prompt_format(model.config.llm.prompt)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write a model folder, whole or not at all, that `cobra.load` reads; return it.
+
+        Raises:
+            CheckpointError: the folder exists and is not a model folder.
+        """
+        folder = Path(folder).expanduser()
+        check_replaceable(folder)
+        save_model_folder(self.model, self.tokenizer.file, folder)
+        return folder
+
+    def push_to_hub(self, repository: str, *, private: bool = False) -> str:
+        """Upload the model folder with a model card to `organisation/name` on the Hugging Face Hub; return the address.
+
+        Raises:
+            CheckpointError: the Hub refuses or cannot be reached.
+        """
+        with TemporaryDirectory() as temporary:
+            folder = self.save_pretrained(Path(temporary) / "model")
+            (folder / "README.md").write_text(model_card(self.model.config, repository), encoding="utf-8")
+            return upload_folder(folder, repository, private=private, message="Upload a Cobra model")
 
     @overload
     def generate(self, image: ImageLike | None, prompt: str, **options: Unpack[GenerateOptions]) -> str: ...
@@ -239,23 +263,37 @@ class Cobra:
         return images.state, prompts
 
 
-def load(name: str | Path, *, device: str = "auto", dtype: str = "float32") -> Cobra:
-    """Load a model from a run folder or a model folder.
+def load(
+    name: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    vision: Mapping[str, Any] | str | Path | None = None,
+    llm: Mapping[str, Any] | str | Path | None = None,
+) -> Cobra:
+    """Load a model.
 
     Args:
-        name: the folder.
+        name: a run folder or model folder; a run in the public release's layout; a released model (`available_models`);
+            or a repository on the Hugging Face Hub that holds one of these, with `/folder` for a folder in it. The
+            folder that the environment variable COBRA_WEIGHTS names is searched before the Hub.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
         dtype: "float32" or "bfloat16", of the weights; the scan's own parameters and states stay float32.
+        vision: settings of `cobra.config.VisionConfig` that replace what the model's own config says, as a mapping or a
+            YAML file: for parts that its ids do not name, and for local weight files.
+        llm: settings of `cobra.config.LLMConfig`, likewise.
 
     Raises:
-        CheckpointError: the folder is missing, incomplete or damaged; the message says what to do.
+        CheckpointError: the model is missing, incomplete, damaged or does not fit; the message says what to do.
+        ConfigError: an argument, or a setting in one, is not known.
     """
     one_of("dtype", dtype, ("float32", "bfloat16"))
-    folder = resolve_model_folder(name)
     target = pick_device(device)
-    model = cast_parameters(load_model_folder(folder), getattr(torch, dtype)).to(target)
+    model, tokenizer = read_model(
+        name, settings(vision, "vision"), settings(llm, "llm"), device=target, dtype=getattr(torch, dtype)
+    )
     model.requires_grad_(False)
-    return Cobra(model, Tokenizer(folder / model.config.llm.tokenizer), model.config.name)
+    return Cobra(model, tokenizer, model.config.name)
 
 
 def _is_list(value: object) -> bool:

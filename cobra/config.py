@@ -10,16 +10,19 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 from cobra.errors import ConfigError
 
 STAGES = ("align", "finetune", "full-finetune")
 RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
+PROJECTOR_KINDS = ("linear", "gelu-mlp", "fused-gelu-mlp", "ldpv2", "fused-ldpv2")
 
 T = TypeVar("T")
 
@@ -56,14 +59,24 @@ class TowerConfig:
     timm: str  # name for timm.create_model
     image_size: int  # pixels
     layer: int = -2  # block whose output is taken, Python indexing; -2: the second-to-last
+    ignore_rest: bool = False  # the patch size need not divide image_size: what is left over at two sides goes unseen
     args: dict[str, Any] = field(default_factory=dict[str, Any])  # further arguments of timm.create_model
-    weights: str = "timm"  # "timm": its published weights | "random" | a safetensors file
+    weights: str = "timm"  # "timm": its published weights | "random" | a weight file, folder or Hub id
 
     def __post_init__(self) -> None:
+        _positive("model.vision.towers: image_size", self.image_size)
         taken = sorted({"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"} & self.args.keys())
         if taken:
             raise ConfigError(
                 f"model.vision.towers: args may not hold {', '.join(taken)}; weights come from `weights`."
+            )
+        fixed = sorted(
+            {"img_size", "num_classes", "in_chans", "dynamic_img_size", "dynamic_img_pad"} & self.args.keys()
+        )
+        if fixed:
+            raise ConfigError(
+                f"model.vision.towers: args may not hold {', '.join(fixed)}; the size comes from `image_size`, and "
+                "every image has it."
             )
         if ":" in self.timm:
             raise ConfigError(f"model.vision.towers: timm={self.timm!r} must be the name of an architecture in timm.")
@@ -87,11 +100,14 @@ class ProjectorConfig:
     """The map from vision features to image tokens."""
 
     kind: str
-    expansion: int = 4  # hidden width of fused-gelu-mlp, in multiples of the vision width
+    expansion: int = 4  # hidden width of the fused kinds, in multiples of the vision width
+    grid: int | None = None  # side of the square of image tokens that the ldpv2 kinds make; null: half the patches'
 
     def __post_init__(self) -> None:
-        one_of("model.projector.kind", self.kind, ("linear", "gelu-mlp", "fused-gelu-mlp"))
+        one_of("model.projector.kind", self.kind, PROJECTOR_KINDS)
         _positive("model.projector.expansion", self.expansion)
+        if self.grid is not None:
+            _positive("model.projector.grid", self.grid)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +117,7 @@ class LLMConfig:
     d_model: int
     num_layers: int
     vocab_size: int
-    tokenizer: str  # folder or tokenizer.json; "cobra:..." is a file of this package
+    tokenizer: str  # tokenizer.json, or a folder or Hub id with one; "cobra:..." is a file of this package
     prompt: str  # "zephyr" (chat) | "mamba" (base)
     d_state: int = 16
     d_conv: int = 4
@@ -109,7 +125,7 @@ class LLMConfig:
     dt_rank: int | None = None  # null: d_model / 16, rounded up
     norm_eps: float = 1e-5
     pad_vocab_multiple: int = 8
-    weights: str = "random"  # "random" | a safetensors file
+    weights: str = "random"  # "random" | a weight file, folder or Hub id, of any layout
     init: str = "mamba"  # fresh weights: "mamba" (its authors') | "small" (small models trained from scratch)
 
     def __post_init__(self) -> None:
@@ -300,6 +316,23 @@ class EvaluateConfig:
         _positive("batch_size", self.batch_size)
         if self.limit is not None:
             _positive("limit", self.limit)
+
+
+def read_yaml(file: Path, argument: str) -> dict[str, Any]:
+    """Read a YAML file of settings.
+
+    Raises:
+        ConfigError: it is missing, or holds no settings; the message names `argument`, which it was given as.
+    """
+    try:
+        node = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    except OSError as error:
+        raise ConfigError(f"{argument}={file} cannot be read: {error.strerror or error}.") from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{argument}={file} is not a YAML file of settings: {str(error).splitlines()[0]}.") from None
+    if not isinstance(node, dict):
+        raise ConfigError(f"{argument}={file} must hold settings, key: value.")
+    return cast("dict[str, Any]", node)
 
 
 def as_config(schema: type[T], node: DictConfig | Mapping[str, Any]) -> T:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import io
+import os
+import re
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -13,7 +17,16 @@ from PIL import Image, UnidentifiedImageError
 
 from cobra.errors import CheckpointError, DataError
 
+WEIGHTS_VARIABLE = "COBRA_WEIGHTS"  # names a folder that is searched before the Hub
+
 _PACKAGE = "cobra:"
+_FILE_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".json", ".yaml", ".yml")
+_MODEL_FILES = (  # of a model folder, and of a run in the public layout
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "checkpoints/latest-checkpoint.pt",
+)
 _MAX_DOWNLOAD = 64 * 2**20  # bytes of one image
 
 
@@ -62,19 +75,64 @@ def _fetch(url: str) -> bytes:
     return content
 
 
-def resolve_file(name: str, setting: str) -> Path:
-    """Return the local path of a file: `cobra:...` is a file shipped with this package, anything else a path.
+def resolve_file(name: str, setting: str, inside: str = "tokenizer.json") -> Path:
+    """Return the local path of a file.
+
+    Args:
+        name: `cobra:...` (a file shipped with this package), a file, or a folder or Hub id with the file `inside`.
+        setting: the key that the name came from, for messages.
+        inside: which file of a folder or Hub repository is meant.
 
     Raises:
-        CheckpointError: there is no such file; the message names `setting`, the key it came from.
+        CheckpointError: there is no such file, or the Hub cannot be reached.
     """
-    if name.startswith(_PACKAGE):
-        path = Path(str(resources.files("cobra"))) / "assets" / name.removeprefix(_PACKAGE)
-    else:
-        path = Path(name).expanduser()
-    if not path.is_file():
-        raise CheckpointError(f"{setting}={name}: no such file ({path.absolute()}).")
-    return path
+    path = _find(name, setting)
+    if path is None:
+        path = _download(name, setting, lambda files: [inside] if inside in files else [])
+    file = path / inside if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"{setting}={name}: no such file ({file.absolute()}).")
+    return file
+
+
+def resolve_weights(name: str, setting: str) -> Path:
+    """Return the local file or folder of weights that `name` stands for.
+
+    Looked for in this order: a file shipped with this package (`cobra:...`), a local file or folder, the folder that
+    COBRA_WEIGHTS names (`organisation/name`, then `name` below it), the Hugging Face Hub.
+
+    Raises:
+        CheckpointError: it is nowhere, or the Hub cannot be reached; the message says what can be done.
+    """
+    path = _find(name, setting)
+    return path if path is not None else _download(name, setting, _weight_files)
+
+
+def resolve_model(name: str | Path) -> Path:
+    """Return the local folder of a whole model: a run or model folder, or a run in the public release's layout.
+
+    `name` may be a folder, `organisation/name` on the Hub, or `organisation/name/folder` for a folder in a repository;
+    COBRA_WEIGHTS is searched before the Hub.
+
+    Raises:
+        CheckpointError: it is nowhere, or the Hub cannot be reached.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    found = _in_weights_folder(str(name))
+    if found is not None:
+        return found
+    parts = str(name).split("/")
+    if not _is_hub_id("/".join(parts[:2])) or len(parts) > 3:
+        raise CheckpointError(f"There is no run or model folder at {folder.absolute()}; train one, or check the path.")
+    inside = "/".join(parts[2:])
+    prefix = f"{inside}/" if inside else ""
+    wanted = {prefix + file for file in _MODEL_FILES}
+    try:
+        return _download("/".join(parts[:2]), "model", lambda files: sorted(wanted & set(files))) / inside
+    except CheckpointError as error:
+        raise CheckpointError(f"There is no run or model folder at {folder.absolute()}, and: {error}") from None
 
 
 def resolve_model_folder(name: str | Path) -> Path:
@@ -83,15 +141,128 @@ def resolve_model_folder(name: str | Path) -> Path:
     Raises:
         CheckpointError: there is none; the message says what was looked for and what to do.
     """
-    folder = Path(name).expanduser()
+    folder = resolve_model(name)
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").is_file() and (candidate / "model.safetensors").is_file():
             return candidate
-    if not folder.exists():
-        raise CheckpointError(f"There is no run or model folder at {folder.absolute()}; train one, or check the path.")
     if (folder / "checkpoints").is_dir():
         raise CheckpointError(
             f"The run in {folder} has not finished: it has checkpoints but no model/ yet. Start the same command again "
             "to go on from its last checkpoint."
         )
     raise CheckpointError(f"{folder} is neither a run folder nor a model folder (config.json + model.safetensors).")
+
+
+def upload_folder(folder: Path, repository: str, *, private: bool, message: str) -> str:
+    """Upload a folder to a model repository on the Hub, made where there is none; return its address.
+
+    Raises:
+        CheckpointError: the Hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        answer = api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message=message)
+    except Exception as error:  # of huggingface_hub, or of whichever HTTP library it uses
+        raise CheckpointError(
+            f"Cannot upload to {repository!r}: {_first_line(error)}. Log in with `hf auth login`, check the name and "
+            "the connection."
+        ) from None
+    return str(answer)
+
+
+def _find(name: str, setting: str) -> Path | None:
+    """Return the path of something on this machine; None for what may be on the Hub."""
+    if name.startswith(_PACKAGE):
+        path = Path(str(resources.files("cobra"))) / "assets" / name.removeprefix(_PACKAGE)
+        if path.exists():
+            return path
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    found = _in_weights_folder(name)
+    if found is None and not _is_hub_id(name):
+        raise CheckpointError(f"{setting}={name}: no such file ({path.absolute()}).")
+    return found
+
+
+def _in_weights_folder(name: str) -> Path | None:
+    folder = os.environ.get(WEIGHTS_VARIABLE)
+    if not folder or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        return None
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise CheckpointError(f"{WEIGHTS_VARIABLE}={folder} is not a folder; correct the variable, or unset it.")
+    return next((path for path in (root / name, root / Path(name).name) if path.exists()), None)
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name can be `organisation/name`; what ends like a weight file or looks like a path is a path."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name)) and not name.endswith(_FILE_ENDINGS)
+
+
+def _weight_files(files: list[str]) -> list[str]:
+    """Choose what is needed of a repository: safetensors where there are some, else what torch.save wrote."""
+    top = [file for file in files if "/" not in file]
+    for names in (
+        ["model.safetensors.index.json", *fnmatch.filter(top, "model-*.safetensors")],
+        ["model.safetensors"],
+        ["pytorch_model.bin.index.json", *fnmatch.filter(top, "pytorch_model-*.bin")],
+        ["pytorch_model.bin"],
+        ["open_clip_model.safetensors"],
+    ):
+        if names[0] in top:
+            return [*names, "config.json"] if "config.json" in top else names
+    return []
+
+
+def _download(name: str, setting: str, choose: Callable[[list[str]], list[str]]) -> Path:
+    """Fetch the files that `choose` takes of a Hub repository's; the library's cache holds only complete files."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    remedy = (
+        f"Check the name and the connection, or put its files into a folder {name!r} below the folder that the "
+        f"environment variable {WEIGHTS_VARIABLE} names, or give a local path as {setting}."
+    )
+    try:
+        try:
+            files = HfApi().list_repo_files(name)
+        except Exception as error:  # of huggingface_hub, or of whichever HTTP library it uses
+            cached = _cached(name)
+            if cached is None or not choose(_files_below(cached)):
+                raise error from None
+            return cached
+        chosen = choose(files)
+        if not chosen:
+            raise CheckpointError(
+                f"{setting}={name}: the Hugging Face Hub has {name}, but without the files needed here. {remedy}"
+            )
+        return Path(snapshot_download(name, allow_patterns=chosen))
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{setting}={name}: not on this machine, and the Hugging Face Hub does not give it ({_first_line(error)}). "
+            f"{remedy}"
+        ) from None
+
+
+def _cached(name: str) -> Path | None:
+    """Return what an earlier download left of a repository in the library's cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except Exception:  # not there, in one of several ways
+        return None
+
+
+def _files_below(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

@@ -23,10 +23,14 @@ ALLOWED = {
     "text": {"errors", "config", "runtime", "hub"},
     "models": {"ops", "text"},
     "generation": {"models"},
-    "api": {"generation"},
+    "releases": {"errors"},
+    "loading": {"models", "releases"},
+    "convert": {"loading"},
+    "api": {"generation", "loading"},
     "data": {"text"},
     "train": {"models", "data"},
     "eval": {"api", "data"},
+    "describe": {"config", "models"},
 }
 
 HOMES = {  # library: the only rooms that may import it
@@ -40,11 +44,13 @@ HOMES = {  # library: the only rooms that may import it
     "causal_conv1d": {"ops"},
     "wandb": {"train"},
     "easy_vqa": {"data"},
+    "huggingface_hub": {"hub"},
     "hydra": set(),
     "transformers": set(),
 }
 
-OPTIONAL = {"wandb", "mamba_ssm", "causal_conv1d", "triton", "easy_vqa", "transformers"}  # never at module level
+# Never at module level: what a user may not have, and what is slow to import and rarely needed.
+OPTIONAL = {"wandb", "mamba_ssm", "causal_conv1d", "triton", "easy_vqa", "transformers", "huggingface_hub"}
 
 
 def reachable(room: str) -> set[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from cobra.config import ModelConfig
-from cobra.hub import resolve_file
+from cobra.models.pretrained import load_llm, load_tower
+from cobra.models.projector import Projector
 from cobra.models.vlm import CobraVLM
-from cobra.models.weights import load_part
+from cobra.models.weights import KEPT_IN_FLOAT32, parameters_on_meta, self_contained
 
 TRAINED_PARTS = {
     "align": ("projector",),
@@ -22,19 +25,28 @@ def build_model(config: ModelConfig, seed: int) -> CobraVLM:
     Args:
         config: sizes, and `weights` of each part.
         seed: of the fresh weights; the same seed gives the same weights on every machine.
+
+    Raises:
+        CheckpointError: weights are missing, damaged or do not fit.
     """
+    towers = config.vision.towers
+    is_pretrained = config.llm.weights != "random" and all(tower.weights != "random" for tower in towers)
     with torch.random.fork_rng(devices=[]):  # the layers' own initialisation draws from the global generator
         torch.manual_seed(seed)
-        model = CobraVLM(config)
+        with parameters_on_meta() if is_pretrained else nullcontext():  # no memory for what a file brings anyway
+            model = CobraVLM(self_contained(config))
+        model.config = config
+        if is_pretrained:
+            model.projector = Projector(config.projector, model.vision.width, config.llm.d_model)
     generator = torch.Generator().manual_seed(seed)
     model.projector.init_weights(generator)
-    model.llm.init_weights(generator)
-    for i, tower in enumerate(config.vision.towers):
-        if tower.weights not in ("timm", "random"):
-            setting = f"model.vision.towers[{i}].weights"
-            load_part(model.vision.towers[i].model, resolve_file(tower.weights, setting))  # type: ignore[union-attr,arg-type]
+    if config.llm.weights == "random":
+        model.llm.init_weights(generator)
+    for i, tower in enumerate(towers):
+        if tower.weights != "random":
+            load_tower(model.vision.towers[i], tower, f"model.vision.towers[{i}].weights")  # type: ignore[arg-type]
     if config.llm.weights != "random":
-        load_part(model.llm, resolve_file(config.llm.weights, "model.llm.weights"))
+        load_llm(model.llm, config.llm.weights, "model.llm.weights")
     return model
 
 
@@ -42,10 +54,6 @@ def set_trainable(model: CobraVLM, stage: str) -> None:
     """Freeze everything but the parts that `stage` trains (paper, section 4.1)."""
     for name, part in model.named_children():
         part.requires_grad_(name in TRAINED_PARTS[stage])
-
-
-# The scan's own parameters: rounding them to 16 bits moves every step of the recurrence.
-KEPT_IN_FLOAT32 = ("A_log", "D", "dt_proj.bias")
 
 
 def cast_parameters(model: CobraVLM, dtype: torch.dtype) -> CobraVLM:

@@ -12,16 +12,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-_INTERPOLATION = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "lanczos": Image.Resampling.LANCZOS,
-    "nearest": Image.Resampling.NEAREST,
-}
+from cobra.config import RESIZE_STRATEGIES, one_of
+from cobra.errors import DataError
+from cobra.ops.resample import INTERPOLATIONS, make_axis, resample
+
 _WHITE = (255, 255, 255)
+_ORIENTATION = 0x0112  # tag of EXIF
+_TURNS = {  # EXIF orientation, TIFF 6.0: what brings the stored picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -40,53 +48,98 @@ class ImageTransform:
         resize-naive: both sides to `size`, the aspect ratio is not kept.
         resize-crop: the shorter side to `size`, then the centre square.
         letterbox: bars of the tower's mean colour to a square, then to `size`.
+
+    The pixels are those of timm's own transform (torchvision over Pillow, with antialiasing), bit for bit.
     """
 
     def __init__(self, towers: Sequence[tuple[int, Mapping[str, Any]]], strategy: str) -> None:
-        """Take each tower's image size in pixels with its timm `pretrained_cfg`, and the resize strategy."""
+        """Take each tower's image size in pixels with its timm data config, and the resize strategy."""
+        one_of("model.vision.resize", strategy, RESIZE_STRATEGIES)
         self.strategy = strategy
-        wanted = [
-            View(
-                size=size,
-                interpolation=cfg["interpolation"],
-                fill=_fill(cfg["mean"]) if strategy == "letterbox" else (0, 0, 0),
-            )
-            for size, cfg in towers
-        ]
+        wanted: list[View] = []
+        for size, data in towers:
+            one_of("model.vision: interpolation of timm's encoder", data["interpolation"], INTERPOLATIONS)
+            fill = _fill(data["mean"]) if strategy == "letterbox" else (0, 0, 0)
+            wanted.append(View(size=size, interpolation=data["interpolation"], fill=fill))
         self.views = list(dict.fromkeys(wanted))
         self.view_of_tower = [self.views.index(view) for view in wanted]
 
     def __call__(self, image: Image.Image) -> list[Tensor]:
-        """Return one uint8 tensor [3, size, size] per view."""
-        image = to_rgb(image)
-        return [torch.from_numpy(np.array(self._resize(image, view))).permute(2, 0, 1) for view in self.views]
+        """Return one uint8 tensor [3, size, size] per view.
 
-    def _resize(self, image: Image.Image, view: View) -> Image.Image:
-        resample, square = _INTERPOLATION[view.interpolation], (view.size, view.size)
-        if self.strategy == "letterbox" and image.width != image.height:
-            left, top = ((max(image.size) - side) // 2 for side in image.size)  # an odd rest is cropped away below
-            canvas = Image.new("RGB", (image.width + 2 * left, image.height + 2 * top), view.fill)
-            canvas.paste(image, (left, top))
-            image = canvas
-        if self.strategy != "resize-naive" and image.width != image.height:
-            scale = view.size / min(image.size)
-            width, height = (max(view.size, int(side * scale)) for side in image.size)
-            left, top = round((width - view.size) / 2), round((height - view.size) / 2)
-            image = image.resize((width, height), resample)
-            return image.crop((left, top, left + view.size, top + view.size))
-        return image if image.size == square else image.resize(square, resample)
+        Raises:
+            DataError: the image does not decode, has no pixels, or is of a kind without defined colours.
+        """
+        image = to_rgb(image)
+        return [torch.from_numpy(self._resize(image, view)) for view in self.views]
+
+    def _resize(self, image: Image.Image, view: View) -> np.ndarray:
+        longer = max(image.size)
+        # Bars of equal width, as in the public code: an odd rest leaves one pixel, which the crop below takes.
+        bars = [(longer - side) // 2 if self.strategy == "letterbox" else 0 for side in image.size]
+        canvas = [side + 2 * bar for side, bar in zip(image.size, bars, strict=True)]
+        axes = []
+        for side, bar, whole in zip(image.size, bars, canvas, strict=True):
+            full = view.size if self.strategy == "resize-naive" else view.size * whole // min(canvas)
+            start = round((full - view.size) / 2)
+            axes.append(make_axis(view.interpolation, side, bar, full, start, view.size))
+        return resample(image, axes[0], axes[1], view.fill)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return what a person would see: EXIF rotation applied, transparency on white, three channels of 8 bits."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        background = Image.new("RGBA", rgba.size, (*_WHITE, 255))
-        return Image.alpha_composite(background, rgba).convert("RGB")
-    if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits a channel: PIL alone would clip, not scale
-        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
+    """Return what a person would see: EXIF rotation applied, transparency on white, three channels of 8 bits.
+
+    Whole numbers of more than 8 bits are taken as 16-bit grey, as PNG and TIFF store it.
+
+    Raises:
+        DataError: the image does not decode, has no pixels, or is of a kind without defined colours.
+    """
+    if 0 in image.size:
+        raise DataError(f"An image of {image.width} x {image.height} has no pixels; leave it out.")
+    try:
+        image.load()
+        orientation = _orientation(image)
+        image = _without_transparency(image)
+    except (OSError, SyntaxError, ValueError, KeyError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        raise DataError(
+            f"The image of mode {image.mode} cannot be shown as RGB: {reason}. Convert it or leave it out."
+        ) from None
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation; damaged EXIF data is no reason to refuse a picture, and no viewer does."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # parsers of damaged metadata raise anything
+        return 1
+
+
+def _without_transparency(image: Image.Image) -> Image.Image:
+    """Return the image as RGB, on white where it is transparent."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined white; scale them to 0 ... 255 as uint8")
+    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow alone would clip, not scale
+        return _from_16_bits(image).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+        shown = Image.new("RGB", rgba.size, _WHITE)
+        shown.paste(rgba, mask=rgba.getchannel("A"))
+        return shown
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"its values {low} ... {high} are not of 16 bits; scale them to 0 ... 255 as uint8")
+    levels = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # PNG: this one value is transparent
+        levels[values == transparent] = 255
+    return Image.fromarray(levels)
 
 
 def _fill(mean: Sequence[float]) -> tuple[int, int, int]:

@@ -1,14 +1,18 @@
-"""Weights in and out of modules. Only safetensors: nothing that a user downloaded is ever unpickled.
+"""Weights in and out of modules, and the model folder.
 
 A **model folder** is what `cobra.load` reads: `model.safetensors`, `config.json` (a ModelConfig as plain data) and
 `tokenizer.json`.
+
+Modules may be built without memory for their parameters (`parameters_on_meta`) and are then filled tensor by tensor,
+each at once on its device and in its dtype: the host holds no more than the model itself and one tensor.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,14 +23,17 @@ from torch import Tensor, nn
 
 from cobra.config import ModelConfig, as_config, as_dict
 from cobra.errors import CheckpointError, ConfigError
+from cobra.models.readers import Weights, read_json, read_weights
 from cobra.models.vlm import CobraVLM
 from cobra.runtime import flush_to_disk
 
 TIED = "lm_head.weight"  # the head shares the embedding's weight; it is stored once, under the embedding's name
+# The scan's own parameters: rounding them to 16 bits moves every step of the recurrence.
+KEPT_IN_FLOAT32 = ("A_log", "D", "dt_proj.bias")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
+    """Read a safetensors file whole.
 
     Raises:
         CheckpointError: the file is missing, cut short or not safetensors.
@@ -41,37 +48,110 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside get parameters without memory or values; their buffers are real.
+
+    Buffers stay real because a file does not bring them back: timm's towers and ours compute some when they are built.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
 def load_part(module: nn.Module, path: Path) -> None:
-    """Load one module's weights from a safetensors file; every key must fit."""
-    assign(module, read_safetensors(path), str(path))
+    """Load one module's weights from a weight file; every key must fit."""
+    fill(module, read_weights(path))
+
+
+def assign(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Copy `tensors` into the parameters and buffers of `module`; errors as in `fill`."""
+    fill(module, Weights.of(tensors, origin))
 
 
 @torch.no_grad()
-def assign(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Copy `tensors` into the parameters and buffers of `module`.
+def fill(
+    module: nn.Module, weights: Weights, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Give the parameters and buffers of `module` their values.
+
+    Args:
+        module: a tensor that has memory is copied into as it is; one on the meta device gets memory.
+        weights: every name and shape must fit; a tied head is left out.
+        device: where memory is made; None: the CPU.
+        dtype: of parameters that are made, but for the scan's own, which are float32; None: as they are stored.
 
     Raises:
-        CheckpointError: keys are missing, unexpected or of another shape; all of them are listed, with `origin`.
+        CheckpointError: keys are missing, unexpected or of another shape, or values are not finite; all of them are
+            listed, with the file. The module is of no use then.
     """
     wanted = untied_state(module)
-    missing = sorted(wanted.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - wanted.keys())
+    _check_keys(wanted, weights)
+    made: dict[int, nn.Parameter] = {}
+    not_finite: list[str] = []
+    parameters = dict(module.named_parameters())
+    for name, target in wanted.items():
+        source = weights[name]
+        if not _is_finite(source):
+            not_finite.append(name)
+        elif target.is_meta:
+            kept = name.endswith(KEPT_IN_FLOAT32)
+            chosen = source.dtype if dtype is None else torch.float32 if kept else dtype
+            new = torch.empty(source.shape, dtype=chosen, device=device).copy_(source)
+            made[id(parameters[name])] = nn.Parameter(new, requires_grad=parameters[name].requires_grad)
+        else:
+            target.copy_(source)
+    if not_finite:
+        raise CheckpointError(
+            f"{weights.origin} holds NaN or infinite numbers in {_some(not_finite)}; such a model answers nothing. "
+            "Use an earlier checkpoint, or fetch the file again."
+        )
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if id(parameter) in made:  # a tied parameter is met twice and stays tied
+                child._parameters[name] = made[id(parameter)]
+
+
+def _check_keys(wanted: Mapping[str, Tensor], weights: Weights) -> None:
+    found = weights.shapes
     misshapen = [
-        f"{key} {list(tensors[key].shape)} (needs {list(wanted[key].shape)})"
-        for key in sorted(wanted.keys() & tensors.keys())
-        if tensors[key].shape != wanted[key].shape
+        f"{name} {list(found[name])} (needs {list(wanted[name].shape)})"
+        for name in sorted(wanted.keys() & found.keys())
+        if found[name] != tuple(wanted[name].shape)
     ]
     problems = [
-        f"{what}: {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''} ({len(keys)})"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
-        if keys
+        f"{what}: {_some(names)}"
+        for what, names in (
+            ("missing", sorted(wanted.keys() - found.keys())),
+            ("unexpected", sorted(found.keys() - wanted.keys())),
+            ("wrong shape", misshapen),
+        )
+        if names
     ]
     if problems:
         raise CheckpointError(
-            f"{origin} does not fit the model: {'; '.join(problems)}. Was it written with another model config?"
+            f"{weights.origin} does not fit the model: {'; '.join(problems)}. Was it written with another model config?"
         )
-    for key, parameter in wanted.items():
-        parameter.copy_(tensors[key])
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''} ({len(names)})"
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    smallest, largest = tensor.aminmax()  # without a tensor of the same size; NaN wins
+    return bool(smallest.isfinite() and largest.isfinite())
 
 
 def untied_state(module: nn.Module) -> dict[str, Tensor]:
@@ -79,22 +159,34 @@ def untied_state(module: nn.Module) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in module.state_dict().items() if not key.endswith(TIED)}
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder beside `folder` to write into; it takes that name when all went well, else it vanishes."""
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                flush_to_disk(file)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def save_model_folder(model: CobraVLM, tokenizer_file: Path, folder: Path) -> None:
     """Write a model folder, complete or not at all: into a temporary folder beside it, then renamed.
 
     The folder stands for itself: its config points to its own tokenizer and needs no other weights.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in untied_state(model).items()}
-    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-    shutil.copyfile(tokenizer_file, temporary / "tokenizer.json")
-    config = as_dict(self_contained(model.config))
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    flush_to_disk(temporary / "model.safetensors")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with whole_folder(folder) as temporary:
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in untied_state(model).items()}
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        shutil.copyfile(tokenizer_file, temporary / "tokenizer.json")
+        config = as_dict(self_contained(model.config))
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def self_contained(config: ModelConfig) -> ModelConfig:
@@ -107,19 +199,39 @@ def self_contained(config: ModelConfig) -> ModelConfig:
     )
 
 
-def load_model_folder(folder: Path) -> CobraVLM:
-    """Build the model that a model folder describes, with its weights, on the CPU in float32.
+def read_model_config(folder: Path) -> ModelConfig:
+    """Read a model folder's config.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or describes no model.
+    """
+    file = folder / "config.json"
+    try:
+        # Self-contained whatever it says: a folder from elsewhere must not point to other files of this machine.
+        return self_contained(as_config(ModelConfig, read_json(file)))
+    except ConfigError as error:
+        raise CheckpointError(f"{file} does not describe a model: {error}") from None
+
+
+def load_model_folder(
+    folder: Path,
+    *,
+    config: ModelConfig | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> CobraVLM:
+    """Build the model that a model folder describes, with its weights.
+
+    Args:
+        folder: the model folder.
+        config: stands in for the folder's own; None: its own.
+        device: of the weights; None: the CPU.
+        dtype: as in `fill`.
 
     Raises:
         CheckpointError: a file is missing, damaged, or does not fit the config.
     """
-    try:
-        # Self-contained whatever it says: a folder from elsewhere must not point to other files of this machine.
-        config = self_contained(as_config(ModelConfig, json.loads((folder / "config.json").read_text())))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / 'config.json'} does not describe a model: {error}") from None
-    model = CobraVLM(config)
-    assign(model, read_safetensors(folder / "model.safetensors"), str(folder / "model.safetensors"))
-    return model
+    with parameters_on_meta():
+        model = CobraVLM(config or read_model_config(folder))
+    fill(model, read_weights(folder / "model.safetensors"), device=device, dtype=dtype)
+    return model.to(device)

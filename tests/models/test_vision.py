@@ -1,27 +1,27 @@
-"""Image transforms against the public release's pixels, towers against timm itself."""
+"""Towers against timm itself, and every vision config of the repository."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cobra.config import PretrainConfig, VisionConfig
-from cobra.errors import ConfigError
+from cobra.config import PretrainConfig, TowerConfig, VisionConfig, as_config
+from cobra.errors import ConfigError, ShapeError
 from cobra.hub import resolve_file
-from cobra.models.image import ImageTransform, to_rgb
-from cobra.models.vision import VisionEncoder
+from cobra.models.vision import VisionEncoder, VisionTower
 
-PUBLIC = "dinosiglip-vit-so-384px"
-HALF_TRANSPARENT_RED, GREY = (255, 0, 0, 128), 100
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @pytest.fixture
@@ -53,86 +53,207 @@ def test_features_equal_timm_block_outputs(vision: VisionConfig) -> None:
     )  # pixels divided in another order
 
 
-def test_towers_share_a_view_where_they_can(vision: VisionConfig) -> None:
+def test_towers_of_one_size_share_a_view(vision: VisionConfig) -> None:
+    assert len(VisionEncoder(vision).transform(Image.new("RGB", (30, 40)))) == 1
+
+
+# Of each kind of vision transformer one, at a size that a test can pay for.
+SMALL = {
+    "registers": ("vit_small_patch14_reg4_dinov2", 56, {}, 5),
+    "class token": ("vit_small_patch14_dinov2", 56, {}, 1),
+    "no class token": ("vit_base_patch16_siglip_224", 64, {}, 0),
+    "CLIP": ("vit_base_patch16_clip_quickgelu_224.openai", 64, {}, 1),
+    "distilled": ("deit_tiny_distilled_patch16_224", 64, {}, 2),
+    "no embedded class": ("vit_small_patch16_224", 64, {"no_embed_class": True, "pos_embed": "none"}, 1),
+}
+REDUCED = {"depth": 3, "embed_dim": 48, "num_heads": 3}
+
+
+def small_tower(name: str, **arguments: Any) -> VisionTower:
+    kind, size, args, _ = SMALL[name]
+    tower = VisionTower(TowerConfig(timm=kind, image_size=size, weights="random", args=REDUCED | args, **arguments))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in tower.parameters():  # larger than timm's, whose tokens and biases are next to zero
+        parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
+    return tower.double().eval()
+
+
+def by_hand(tower: VisionTower, images: Tensor, num_blocks: int) -> Tensor:
+    """The first blocks of timm's module, called one by one: patches, tokens, positions, norm, blocks."""
+    model = tower.model
+    mean, std = (torch.tensor(model.pretrained_cfg[key], dtype=torch.float64).view(3, 1, 1) for key in ("mean", "std"))
+    x = model.patch_embed.proj((images.double() / 255 - mean) / std).flatten(2).transpose(1, 2)
+    tokens = [getattr(model, name, None) for name in ("cls_token", "reg_token", "dist_token")]
+    prefix = [token.expand(len(x), -1, -1) for token in tokens if token is not None]
+    if model.pos_embed is None:
+        x = torch.cat([*prefix, x], dim=1)
+    elif model.pos_embed.shape[1] == x.shape[1]:  # positions of the patches alone
+        x = torch.cat([*prefix, x + model.pos_embed], dim=1)
+    else:
+        x = torch.cat([*prefix, x], dim=1) + model.pos_embed
+    x = model.norm_pre(x)
+    for block in list(model.blocks)[:num_blocks]:
+        x = block(x)
+    return x[:, sum(token.shape[1] for token in prefix) :]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SMALL)
+def test_features_equal_the_blocks_run_by_hand(name: str) -> None:
+    size, num_prefix = SMALL[name][1], SMALL[name][3]
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, size, size), dtype=np.uint8))
+    for layer, num_blocks in ((-2, 2), (0, 1), (-1, 3)):
+        tower = small_tower(name, layer=layer)
+        assert tower.model.num_prefix_tokens == num_prefix
+        features = tower(images)
+        assert features.shape == (2, tower.num_patches, 48) and tower.num_patches == 16
+        torch.testing.assert_close(features, by_hand(tower, images, num_blocks), rtol=0, atol=1e-6)
+    assert type(tower.model.norm_pre).__name__ == ("LayerNorm" if name == "CLIP" else "Identity")
+    assert type(tower.model.blocks[0].mlp.act).__name__ == ("QuickGELU" if name == "CLIP" else "GELU")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch14_dinov2"])
+def test_dinov2_position_table_is_resampled_as_timm_does(name: str) -> None:
+    """A checkpoint made for 518 pixels (37 x 37 patches) in a tower of 384 (27 x 27)."""
+    trained = timm.create_model(name, num_classes=0, img_size=518, **REDUCED)
+    torch.nn.init.normal_(trained.pos_embed, generator=torch.Generator().manual_seed(0))
+    tensors = trained.state_dict()
+    expected = timm.create_model(
+        name,
+        pretrained=True,
+        pretrained_cfg_overlay={"state_dict": dict(tensors)},
+        num_classes=0,
+        img_size=384,
+        **REDUCED,
+    )
+    with torch.device("meta"):
+        tower = VisionTower(TowerConfig(timm=name, image_size=384, ignore_rest=True, args=REDUCED))
+    adapted = tower.adapt_weights(tensors | {"head.weight": torch.zeros(1), "head.bias": torch.zeros(1)})
+    assert adapted["pos_embed"].shape[1] == 27 * 27 + (0 if "reg4" in name else 1) != tensors["pos_embed"].shape[1]
+    assert adapted.keys() == expected.state_dict().keys()
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(adapted[key], tensor), key
+    # timm's rule is the paper's: bicubic with antialiasing over the patches' positions, the class token's untouched
+    old = tensors["pos_embed"][:, -37 * 37 :].unflatten(1, (37, 37)).permute(0, 3, 1, 2)
+    new = torch.nn.functional.interpolate(old, (27, 27), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(adapted["pos_embed"][:, -27 * 27 :], new)
+    tower.model.load_state_dict(adapted, assign=True)
+    tower.reset_buffers(torch.device("cpu"))
+    assert tower(torch.zeros(1, 3, 384, 384, dtype=torch.uint8)).isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "eva02_tiny_patch14_224", "beit_base_patch16_224"])
+def test_tower_built_on_meta_equals_one_built_in_memory(name: str) -> None:
+    """Also those with rotary tables and relative positions, which no checkpoint holds."""
+    config = TowerConfig(timm=name, image_size=56 if "14" in name else 64, weights="random", args=REDUCED)
+    real = VisionTower(config).eval()
+    with torch.device("meta"):
+        tower = VisionTower(replace(config, weights="timm")).eval()  # and nothing is downloaded
+    assert all(parameter.is_meta for parameter in tower.parameters())
+    images = torch.randint(0, 256, (2, 3, config.image_size, config.image_size), dtype=torch.uint8)
+    for way in ("assign", "to_empty"):
+        if way == "assign":
+            tower.model.load_state_dict(real.model.state_dict(), assign=True)
+        else:
+            tower.to_empty(device="cpu").model.load_state_dict(real.model.state_dict())
+        tower.reset_buffers(torch.device("cpu"))
+        assert torch.equal(tower(images), real(images)), way
+
+
+def test_normalisation_survives_casts(vision: VisionConfig) -> None:
+    tower = VisionTower(replace(vision.towers[0], weights="random"))
+    mean = tower.mean.clone()
+    tower.to(torch.bfloat16)
+    assert tower.mean.dtype == torch.float32 and torch.equal(tower.mean, mean)
+    assert tower(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).dtype == torch.bfloat16
+    tower.to_empty(device="cpu")
+    assert torch.equal(tower.mean, mean)
+
+
+EXPECTED = {  # patches, width of each tower
+    "dinov2-siglip-384": (729, [1024, 1152]),
+    "siglip-so400m-384": (729, [1152]),
+    "siglip-so400m-224": (256, [1152]),
+    "siglip-b16-224": (196, [768]),
+    "siglip-b16-256": (256, [768]),
+    "siglip-b16-384": (576, [768]),
+    "dinov2-reg-224": (256, [1024]),
+    "dinov2-224": (256, [1024]),
+    "clip-l14-224": (256, [1024]),
+    "clip-l14-336": (576, [1024]),
+    "clip-b16-224": (196, [768]),
+    "dinov2-clip-336": (576, [1024, 1024]),
+    "in1k-l16-224": (196, [1024]),
+}
+
+
+def test_every_vision_config_is_expected() -> None:
+    assert {file.stem for file in (CONFIGS / "model" / "vision").glob("*.yaml")} == {*EXPECTED, "tiny"}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_vision_config_builds_on_meta(name: str) -> None:
+    config = as_config(VisionConfig, OmegaConf.load(CONFIGS / "model" / "vision" / f"{name}.yaml"))
+    with torch.device("meta"):
+        encoder = VisionEncoder(config)
+    assert (encoder.num_patches, [tower.width for tower in encoder.towers]) == EXPECTED[name]
+    assert encoder.width == sum(EXPECTED[name][1]) and len(encoder.transform.views) == 1
+    for tower, given in zip(encoder.towers, config.towers, strict=True):
+        assert given.timm in timm.list_pretrained()
+        assert tower.model.num_prefix_tokens == {"reg4": 5, "sigl": 0}.get(
+            "reg4" if "reg4" in given.timm else given.timm.split("patch")[1][3:7], 1
+        )
+        is_clip = "_clip_" in given.timm
+        assert is_clip == (type(tower.model.blocks[0].mlp.act).__name__ == "QuickGELU")
+        assert tower.layer == len(tower.model.blocks) - 2
+
+
+def test_gelu_for_quickgelu_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    with torch.device("meta"):
+        VisionTower(TowerConfig(timm="vit_base_patch16_clip_224.openai", image_size=224))
+    assert "vit_base_patch16_clip_quickgelu_224.openai" in caplog.text
+
+
+def test_wrong_pixels_are_refused(vision: VisionConfig) -> None:
     encoder = VisionEncoder(vision)
-    assert len(encoder.transform(Image.new("RGB", (30, 40)))) == 1
-    cfg = {"mean": (0.5, 0.5, 0.5), "interpolation": "bicubic"}
-    other = cfg | {"mean": (0.4, 0.5, 0.6)}
-    assert len(ImageTransform([(64, cfg), (64, other)], "letterbox").views) == 2  # bars of another colour
-    assert len(ImageTransform([(64, cfg), (64, other)], "resize-crop").views) == 1
-    assert len(ImageTransform([(64, cfg), (56, cfg)], "resize-naive").views) == 2
-
-
-@pytest.mark.parametrize("strategy", ["resize-naive", "resize-crop", "letterbox"])
-def test_pixels_equal_the_public_release(assets: Path, strategy: str) -> None:
-    folder = assets / "fixtures" / "public-cobra-tiny"
-    expected = np.load(folder / "pixels_56px.npz")
-    cfgs = json.loads((folder / "pixels_meta.json").read_text())[f"{PUBLIC}/data_cfg"]
-    transform = ImageTransform([(56, cfgs[name]) for name in ("dino", "siglip")], strategy)
-    for file in sorted((folder / "images").iterdir()):
-        views = transform(Image.open(file))
-        for name, view in zip(("dino", "siglip"), transform.view_of_tower, strict=True):
-            mean, std = (np.array(cfgs[name][key], np.float32)[:, None, None] for key in ("mean", "std"))
-            pixels = (views[view].numpy().astype(np.float32) / 255 - mean) / std
-            difference = np.abs(pixels - expected[f"{PUBLIC}/{strategy}/{name}/{file.stem}"]).max()
-            assert difference < 1e-5, (file.stem, name)  # one of 255 levels would be 0.015
-
-
-def test_letterbox_keeps_the_whole_image_between_bars_of_the_mean() -> None:
-    transform = ImageTransform([(40, {"mean": (0.2, 0.4, 0.6), "interpolation": "nearest"})], "letterbox")
-    (pixels,) = transform(Image.new("RGB", (80, 40), (255, 0, 0)))
-    assert pixels[:, 0, 0].tolist() == [51, 102, 153] and pixels[:, -1, -1].tolist() == [51, 102, 153]
-    assert (pixels[:, 10:30] == torch.tensor([255, 0, 0]).view(3, 1, 1)).all()
-
-
-def exif_rotated() -> Image.Image:
-    """A 2 x 1 image, red then blue, which its EXIF data says to turn by 90 degrees clockwise."""
-    image = Image.new("RGB", (2, 1), "red")
-    image.putpixel((1, 0), (0, 0, 255))
-    image.getexif()[0x0112] = 6
-    return image
-
-
-def palette_with_transparency() -> Image.Image:
-    image = Image.new("P", (1, 1), 0)
-    image.putpalette([255, 0, 0])
-    image.info["transparency"] = 0
-    return image
+    for pixels, message in (
+        ([torch.zeros(1, 3, 64, 60)], r"\[1, 3, 64, 60\] must be \[images, 3, 64, 64\]"),
+        ([torch.zeros(3, 64, 64)], r"\[3, 64, 64\]"),
+        ([], "0 views"),
+    ):
+        with pytest.raises(ShapeError, match=message):
+            encoder(pixels)
 
 
 @pytest.mark.parametrize(
-    ("image", "pixels"),
+    ("name", "size", "message"),
     [
-        (Image.new("RGBA", (1, 1), HALF_TRANSPARENT_RED), [(255, 127, 127)]),  # on white
-        (Image.new("P", (1, 1)).quantize(2), [(0, 0, 0)]),
-        (palette_with_transparency(), [(255, 255, 255)]),
-        (Image.new("L", (1, 1), GREY), [(GREY, GREY, GREY)]),
-        (Image.new("LA", (1, 1), (GREY, 255)), [(GREY, GREY, GREY)]),
-        (Image.new("LA", (1, 1), (GREY, 0)), [(255, 255, 255)]),
-        (Image.new("1", (1, 1), 1), [(255, 255, 255)]),
-        (Image.new("CMYK", (1, 1), (0, 255, 255, 0)), [(255, 0, 0)]),
-        (Image.fromarray(np.full((1, 1), 65535, np.uint16)), [(255, 255, 255)]),
-        (Image.fromarray(np.full((1, 1), 257 * GREY, np.uint16)), [(GREY, GREY, GREY)]),
-        (Image.fromarray(np.full((1, 1), 257 * GREY, np.int32)), [(GREY, GREY, GREY)]),
-        (exif_rotated(), [(255, 0, 0), (0, 0, 255)]),
+        ("vit_small_patch14_dinov2", 384, r"image_size=384 .* patch size 14; use 378 or 392, or set ignore_rest=true"),
+        ("vit_tiny_patch16_224", 9, r"use 16, or"),
+        ("resnet18", 224, "no vision transformer"),
+        ("swin_tiny_patch4_window7_224", 224, "SwinTransformer"),
+        ("convnext_tiny", 224, "no vision transformer"),
+        ("mixer_s16_224", 224, "MlpMixer"),
     ],
-    ids=["RGBA", "P", "P transparent", "L", "LA", "LA transparent", "1", "CMYK", "16 bit white", "16 bit", "I", "EXIF"],
 )
-def test_image_modes_become_what_a_person_sees(image: Image.Image, pixels: list[tuple[int, int, int]]) -> None:
-    shown = to_rgb(image)
-    assert shown.mode == "RGB"
-    assert shown.size == (1, len(pixels))  # the EXIF image is turned to 1 x 2
-    assert [shown.getpixel((0, y)) for y in range(shown.height)] == pixels
+def test_model_or_size_that_gives_no_patches_is_refused(name: str, size: int, message: str) -> None:
+    with torch.device("meta"), pytest.raises(ConfigError, match=message):
+        VisionTower(TowerConfig(timm=name, image_size=size))
 
 
-@pytest.mark.parametrize("strategy", ["resize-naive", "resize-crop", "letterbox"])
-@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (64, 64)], ids=str)
-def test_any_size_becomes_a_square(strategy: str, size: tuple[int, int]) -> None:
-    transform = ImageTransform([(64, {"mean": (0.5, 0.5, 0.5), "interpolation": "bicubic"})], strategy)
-    (pixels,) = transform(Image.new("RGB", size, (10, 20, 30)))
-    assert pixels.shape == (3, 64, 64) and pixels.dtype == torch.uint8
-    if strategy != "letterbox" or size[0] == size[1]:
-        assert (pixels == torch.tensor([10, 20, 30]).view(3, 1, 1)).all()
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_size": 0}, "image_size=0"),
+        ({"image_size": 64, "args": {"dynamic_img_size": True}}, "dynamic_img_size"),
+        ({"image_size": 64, "args": {"img_size": 32}}, "img_size"),
+    ],
+)
+def test_impossible_tower_config_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TowerConfig(timm="vit_tiny_patch16_224", **settings)
 
 
 @pytest.mark.parametrize(

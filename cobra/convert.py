@@ -1,0 +1,89 @@
+"""Weights from one layout to another, without loss: nothing is cast, a model folder comes back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cobra.config import LLMConfig, as_config, one_of
+from cobra.errors import CheckpointError
+from cobra.hub import resolve_weights
+from cobra.loading import find_model, is_mamba, read_model
+from cobra.models.export import write_hugging_face_mamba, write_original_mamba, write_public_run
+from cobra.models.mamba import MambaLM
+from cobra.models.pretrained import mamba_sizes, mamba_weights
+from cobra.models.readers import read_json, read_weights
+from cobra.models.vlm import CobraVLM
+from cobra.models.weights import fill, parameters_on_meta, save_model_folder, whole_folder
+
+LAYOUTS = {
+    "cobra": "a model folder, which cobra.load reads",
+    "public": "a run folder of the public Cobra release, with vision.yaml and llm.yaml for what its ids leave open",
+    "hf-mamba": "the language model alone, for transformers' MambaForCausalLM",
+    "mamba": "the language model alone, as state-spaces/mamba has it",
+}
+
+
+def convert(
+    source: str,
+    target: Path,
+    to: str,
+    *,
+    vision: Mapping[str, Any] | None = None,
+    llm: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the model `source` in another layout, complete or not at all.
+
+    Args:
+        source: what `cobra.load` takes, or a Mamba in one of its two layouts (a folder or a Hub id).
+        target: the folder to write.
+        to: one of `LAYOUTS`.
+        vision: as in `cobra.load`.
+        llm: as in `cobra.load`.
+        overwrite: replace a target that exists.
+
+    Raises:
+        CheckpointError: the target exists, the source is damaged, or holds less than the layout needs.
+        ConfigError: the layout is not known.
+    """
+    one_of("to", to, LAYOUTS)
+    if target.exists() and not overwrite:
+        raise CheckpointError(f"{target} exists; choose another target, or ask for it to be overwritten.")
+    model, tokenizer_file = _read(source, vision, llm)
+    if to == "cobra" and isinstance(model, CobraVLM) and tokenizer_file is not None:
+        save_model_folder(model, tokenizer_file, target)
+        return
+    with whole_folder(target) as folder:
+        if to in ("hf-mamba", "mamba"):
+            language_model = model.llm if isinstance(model, CobraVLM) else model
+            write = write_hugging_face_mamba if to == "hf-mamba" else write_original_mamba
+            write(language_model, tokenizer_file, folder)
+        elif isinstance(model, CobraVLM) and tokenizer_file is not None:
+            write_public_run(model, tokenizer_file, folder)
+        else:
+            raise CheckpointError(
+                f"{source} holds a language model alone, and to={to} needs a vision-language model; choose to=hf-mamba "
+                "or to=mamba, or train a model from it with model.llm.weights."
+            )
+
+
+def _read(
+    source: str, vision: Mapping[str, Any] | None, llm: Mapping[str, Any] | None
+) -> tuple[CobraVLM | MambaLM, Path | None]:
+    """Return the model in its stored dtypes, and its tokenizer file where there is one."""
+    try:
+        folder = find_model(source)
+    except CheckpointError:
+        folder = resolve_weights(source, "source")  # a Hub repository with a Mamba has files of other names
+    if not folder.is_dir() or not is_mamba(folder):
+        model, tokenizer = read_model(folder, vision, llm)
+        return model, tokenizer.file
+    sizes = mamba_sizes(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = as_config(LLMConfig, {"tokenizer": "tokenizer.json", "prompt": "mamba"} | sizes | dict(llm or {}))
+    with parameters_on_meta():
+        model = MambaLM(config)
+    fill(model, mamba_weights(read_weights(folder)))
+    tokenizer_file = folder / "tokenizer.json"
+    return model, tokenizer_file if tokenizer_file.is_file() else None

@@ -1,0 +1,250 @@
+"""Where weights are looked for: this machine, COBRA_WEIGHTS, then the Hub, which is a folder in these tests."""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import cobra
+from cobra import hub
+from cobra.errors import CheckpointError, ConfigError
+from cobra.models.public import LLMS, VISION, public_config
+from cobra.models.vlm import CobraVLM
+from cobra.models.weights import save_model_folder
+from cobra.text.tokenizer import Tokenizer
+
+
+class Hub:
+    """A stand-in for the Hub: repositories are folders; what was downloaded and uploaded is written down."""
+
+    def __init__(self, root: Path, cache: Path) -> None:
+        self.root, self.cache = root, cache
+        self.is_online = True
+        self.downloads: list[str] = []
+        self.uploads: dict[str, list[str]] = {}
+
+    def add(self, repository: str, *files: str) -> Path:
+        for file in files:
+            path = self.root / repository / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"w": torch.ones(2)}, path)
+        return self.root / repository
+
+    def list_repo_files(self, repository: str) -> list[str]:
+        folder = self.root / repository
+        if not self.is_online or not folder.is_dir():
+            raise ConnectionError("no route to host\nmore")
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+    def snapshot_download(
+        self, repository: str, *, allow_patterns: Iterable[str] = ("*",), local_files_only: bool = False
+    ) -> str:
+        target = self.cache / repository
+        if local_files_only:
+            if not target.is_dir():
+                raise FileNotFoundError(repository)
+            return str(target)
+        for file in self.list_repo_files(repository):
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                self.downloads.append(file)
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.root / repository / file, target / file)
+        return str(target)
+
+    def create_repo(self, repository: str, *, private: bool, exist_ok: bool) -> None:
+        if not self.is_online:
+            raise ConnectionError("no route to host")
+        self.uploads[repository] = []
+
+    def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> str:
+        self.uploads[repo_id] = sorted(path.name for path in Path(folder_path).iterdir())
+        shutil.copytree(folder_path, self.root / repo_id)
+        return f"https://hub/{repo_id}"
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    monkeypatch.delenv(hub.WEIGHTS_VARIABLE, raising=False)
+    found = Hub(tmp_path / "hub", tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", found.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: found)
+    return found
+
+
+def resolve(name: str | Path) -> Path:
+    return hub.resolve_weights(str(name), "model.llm.weights")
+
+
+def test_local_names_win(stand_in: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve("cobra:tiny/dino.safetensors").is_file()
+    folder = stand_in.add("local", "model.safetensors")
+    assert resolve(folder) == folder and resolve(folder / "model.safetensors").is_file()
+    shelf = tmp_path / "shelf"
+    for name in ("org/one", "two"):
+        (shelf / name).mkdir(parents=True)
+    monkeypatch.setenv(hub.WEIGHTS_VARIABLE, str(shelf))
+    assert resolve("org/one") == shelf / "org" / "one"
+    assert resolve("other/two") == shelf / "two"
+    monkeypatch.setenv(hub.WEIGHTS_VARIABLE, str(tmp_path / "absent"))
+    with pytest.raises(CheckpointError, match=r"COBRA_WEIGHTS=.*absent is not a folder"):
+        resolve("org/one")
+    assert not stand_in.downloads
+
+
+@pytest.mark.parametrize(
+    ("files", "taken"),
+    [
+        (["model.safetensors", "pytorch_model.bin", "config.json", "x.gguf"], {"model.safetensors", "config.json"}),
+        (["pytorch_model.bin", "config.json", "README.md"], {"pytorch_model.bin", "config.json"}),
+        (
+            [
+                "model-1-of-2.safetensors",
+                "model-2-of-2.safetensors",
+                "model.safetensors.index.json",
+                "a/model.safetensors",
+            ],
+            {"model-1-of-2.safetensors", "model-2-of-2.safetensors", "model.safetensors.index.json"},
+        ),
+    ],
+)
+def test_only_needed_files_are_fetched(stand_in: Hub, files: list[str], taken: set[str]) -> None:
+    stand_in.add("org/name", *files)
+    folder = resolve("org/name")
+    assert set(stand_in.downloads) == taken
+    stand_in.is_online = False
+    assert resolve("org/name") == folder  # from the cache
+
+
+def test_tokenizers_come_from_folders_and_the_hub(stand_in: Hub, tmp_path: Path) -> None:
+    folder = stand_in.add("org/name", "tokenizer.json", "model.safetensors")
+    assert hub.resolve_file(str(folder), "model.llm.tokenizer") == folder / "tokenizer.json"
+    assert hub.resolve_file("org/name", "model.llm.tokenizer").name == "tokenizer.json"
+    assert stand_in.downloads == ["tokenizer.json"]
+
+
+def test_what_is_nowhere_is_explained(stand_in: Hub, tmp_path: Path) -> None:
+    for name, message in (
+        ("org/absent", "org/absent.*no route to host.*'org/absent' below .*COBRA_WEIGHTS"),
+        ("absent/model.safetensors", "no such file"),
+        ("/absent", "no such file"),
+        ("../absent", "no such file"),
+    ):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            resolve(name)
+        assert str(caught.value).startswith(f"model.llm.weights={name}") and "\n" not in str(caught.value)
+    stand_in.add("org/empty", "README.md")
+    with pytest.raises(CheckpointError, match="without the files needed"):
+        resolve("org/empty")
+    assert not stand_in.cache.exists()
+
+
+def test_interrupted_download_leaves_no_model(stand_in: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in.add("org/name", "model.safetensors")
+
+    def broken(*_: Any, **__: Any) -> str:
+        raise OSError("connection reset")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    with pytest.raises(CheckpointError, match="connection reset"):
+        resolve("org/name")
+
+
+def test_models_of_the_paper(stand_in: Hub) -> None:
+    models = cobra.available_models()
+    assert "3.5B" in models["cobra-3b"] and "VQA-v2 77.8" in models["cobra-3b"] and "han1997" in models["cobra-3b"]
+    assert all("\n" not in line for line in models.values())
+    with pytest.raises(CheckpointError, match=r"han1997/cobra.*COBRA_WEIGHTS"):
+        cobra.load("cobra-3b")
+    with pytest.raises(CheckpointError, match=r"not public.*experiment=cobra-8b"):
+        cobra.load("cobra-8b")
+    with pytest.raises(CheckpointError, match=r"no run or model folder.*Did you mean 'cobra-3b'"):
+        cobra.load("cobra-3")
+
+
+def test_released_files_are_asked_for_by_name(stand_in: Hub) -> None:
+    stand_in.add("han1997/cobra", "cobra+3b/config.json", "cobra+3b/checkpoints/latest-checkpoint.pt", "other/x.pt")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        cobra.load("cobra-3b")
+    assert sorted(stand_in.downloads) == ["cobra+3b/checkpoints/latest-checkpoint.pt", "cobra+3b/config.json"]
+
+
+def test_pushed_models_load_again(
+    stand_in: Hub, small_model: CobraVLM, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model_folder(small_model, tokenizer.file, tmp_path / "ours")
+    vlm = cobra.load(tmp_path / "ours", device="cpu")
+    assert vlm.push_to_hub("me/mine") == "https://hub/me/mine"
+    assert stand_in.uploads == {"me/mine": ["README.md", "config.json", "model.safetensors", "tokenizer.json"]}
+    assert 'cobra.load("me/mine")' in (stand_in.root / "me" / "mine" / "README.md").read_text()
+    again = cobra.load("me/mine", device="cpu")
+    assert "README.md" not in stand_in.downloads
+    for name, tensor in vlm.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name])
+    monkeypatch.setenv(hub.WEIGHTS_VARIABLE, str(tmp_path))
+    shutil.copytree(tmp_path / "ours", tmp_path / "cobra-8b")
+    assert cobra.load("cobra-8b", device="cpu").name == vlm.name  # a name's own folder comes first
+    stand_in.is_online = False
+    with pytest.raises(CheckpointError, match="Cannot upload to 'me/mine'"):
+        vlm.push_to_hub("me/mine")
+
+
+def test_every_public_id_describes_a_model(tmp_path: Path) -> None:
+    for vision_id in VISION:
+        for llm_id in LLMS:
+            config = write_public_config(tmp_path, vision_backbone_id=vision_id, llm_backbone_id=llm_id)
+            assert config.vision.resize == "letterbox" and config.projector.kind == "fused-gelu-mlp"
+
+
+def write_public_config(folder: Path, **changes: object):
+    import json
+
+    model = {
+        "model_id": "x",
+        "arch_specifier": "no-align+fused-gelu-mlp",
+        "vision_backbone_id": "dinosiglip-vit-so-384px",
+        "llm_backbone_id": "mamba-2.8b-zephyr",
+        "image_resize_strategy": "letterbox",
+    }
+    model = {key: value for key, value in (model | changes).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps({"model": model}))
+    return public_config(folder, None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_backbone_id": "dinosiglip-384"}, r"Did you mean 'dinosiglip-vit-so-384px'.*vision=\{'towers'"),
+        ({"llm_backbone_id": "gpt"}, r"Known: mamba-130m.*llm=\{'d_model'"),
+        ({"arch_specifier": "no-align+resampler"}, "known endings: linear"),
+        ({"llm_backbone_id": None}, "lacks llm_backbone_id"),
+        ({"image_resize_strategy": "stretch"}, "stretch"),
+    ],
+)
+def test_wrong_public_configs_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        write_public_config(tmp_path, **changes)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_settings_files_are_checked(small_model: CobraVLM, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_model_folder(small_model, tokenizer.file, tmp_path / "ours")
+    for text, message in (
+        ("[1, 2]", "must hold settings"),
+        ("a: [", "not a YAML file"),
+        ("resise: letterbox", "resize"),
+    ):
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            cobra.load(tmp_path / "ours", vision=tmp_path / "x.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        cobra.load(tmp_path / "ours", llm=tmp_path / "absent.yaml")
+    changed = cobra.load(tmp_path / "ours", device="cpu", vision={"resize": "letterbox"}, llm={"prompt": "mamba"})
+    assert changed.model.vision.transform.strategy == "letterbox" and "In:" in changed.prompt.question("?")

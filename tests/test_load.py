@@ -1,0 +1,170 @@
+"""`cobra.load` of the public release's layout: what that release computes, this computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cobra
+from cobra.models.image import ImageTransform
+
+TOLERANCE = 1e-4
+QUESTION = "What color is the circle in the picture?"
+
+
+class PublicRun:
+    """The fixture and what its ids resolve to."""
+
+    def __init__(self, assets: Path) -> None:
+        self.home = assets / "fixtures" / "public-cobra-tiny"
+        self.folder = next((self.home / "run").iterdir())
+        self.meta = json.loads((self.home / "meta.json").read_text())
+        self.outputs = np.load(self.home / "outputs.npz")
+        models = json.loads((self.home / "vision_models.json").read_text())
+        towers = []
+        for model in models.values():
+            args = dict(model["create_model_kwargs"])
+            size = args.pop("img_size")
+            args = {key: value for key, value in args.items() if key not in ("pretrained", "num_classes")}
+            towers.append(
+                {"timm": model["name"], "image_size": size, "args": args, "weights": str(self.home / model["file"])}
+            )
+        self.vision: dict[str, Any] = {"towers": towers}
+        sizes = json.loads((self.home / "llm_hub_config.json").read_text())
+        self.llm: dict[str, Any] = {
+            "d_model": sizes["d_model"],
+            "num_layers": sizes["n_layer"],
+            "tokenizer": str(assets / "data" / "gpt-neox-tokenizer" / "tokenizer.json"),
+        }
+
+    def load(self, template: str = "zephyr", **options: Any) -> cobra.Cobra:
+        options = {"vision": self.vision, "llm": self.llm | {"prompt": template}, "device": "cpu"} | options
+        return cobra.load(self.folder, **options)
+
+    def image(self, name: str) -> Image.Image:
+        return Image.open(self.home / "images" / f"{name}.png")
+
+
+@pytest.fixture(scope="module")
+def public(assets: Path) -> PublicRun:
+    return PublicRun(assets)
+
+
+@pytest.fixture(scope="module", params=["zephyr", "mamba"])
+def template(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def vlm(public: PublicRun, template: str) -> cobra.Cobra:
+    return public.load(template)
+
+
+def views(vlm: cobra.Cobra, *images: Image.Image) -> list[torch.Tensor]:
+    return [torch.stack(view) for view in zip(*map(vlm.model.vision.transform, images), strict=True)]
+
+
+def close(found: torch.Tensor, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("strategy", ["resize-naive", "resize-crop", "letterbox"])
+def test_public_pixels(public: PublicRun, strategy: str) -> None:
+    vlm = public.load(vision=public.vision | {"resize": strategy})
+    transform: ImageTransform = vlm.model.vision.transform
+    pixels = np.load(public.home / "pixels_56px.npz")
+    for path in sorted((public.home / "images").iterdir()):
+        found = transform(Image.open(path))
+        for tower, name in enumerate(("dino", "siglip")):
+            module = vlm.model.vision.towers[tower]
+            normalised = (found[transform.view_of_tower[tower]] - module.mean) / module.std  # type: ignore[operator]
+            close(normalised, pixels[f"dinosiglip-vit-so-384px/{strategy}/{name}/{path.stem}"])
+
+
+@torch.no_grad()
+def test_public_features_and_embeddings(public: PublicRun) -> None:
+    vlm = public.load()
+    for path in sorted((public.home / "images").iterdir()):
+        pixels = views(vlm, Image.open(path))
+        features = vlm.model.vision(pixels)
+        close(features[0], public.outputs[f"patch_features/{path.stem}"])
+        close(vlm.model.projector(features)[0], public.outputs[f"projected/{path.stem}"])
+
+
+@torch.no_grad()
+def test_public_logits(public: PublicRun, vlm: cobra.Cobra, template: str) -> None:
+    ids = vlm.tokenizer.encode(vlm.prompt.question(QUESTION))
+    assert ids == public.meta["forward"][template]["input_ids"]
+    output = vlm.model(torch.tensor([ids]), pixels=views(vlm, public.image("main_120x90")))
+    columns = public.outputs["logit_columns"]
+    close(output.hidden[0], public.outputs[f"final_hidden/{template}"])
+    close(output.logits[0][:, columns], public.outputs[f"logits_cols/{template}"])
+    close(output.logits[0, -1], public.outputs[f"logits_full_last/{template}"])
+    close(output.logits[0].logsumexp(-1), public.outputs[f"logits_lse/{template}"])
+    text = vlm.model(torch.tensor([ids])).logits[0]
+    close(text[:, columns], public.outputs[f"textonly_logits_cols/{template}"])
+
+
+def test_public_greedy_answers(public: PublicRun, vlm: cobra.Cobra, template: str) -> None:
+    expected = public.meta["generation"][template]
+    answer = vlm.generate(public.image("main_120x90"), QUESTION, max_new_tokens=expected["max_new_tokens"])
+    assert answer == vlm.tokenizer.decode(expected["ids"]).strip() == expected["generate_text"]
+    image, ids = vlm.encode_image(public.image("main_120x90")), []
+    with torch.inference_mode():
+        prompt = torch.tensor([vlm.tokenizer.encode(vlm.prompt.question(QUESTION))])
+        hidden, state = vlm.model.llm(vlm.model.llm.embed(prompt), state=image.state)
+        hidden = hidden[:, -1]
+        for _ in expected["ids"]:
+            ids.append(int(vlm.model.llm.head(hidden).argmax()))
+            hidden, state = vlm.model.llm.step(torch.tensor(ids[-1:]), state)
+    assert ids == expected["ids"]
+
+
+def test_public_choice_probabilities(public: PublicRun, vlm: cobra.Cobra, template: str) -> None:
+    probabilities = {"main_120x90": public.meta["generation"][template]}
+    for pair in (["Yes", "No"], ["True", "False"]):
+        found = vlm.score(public.image("main_120x90"), QUESTION, pair)
+        expected = probabilities["main_120x90"][f"probs_{'_'.join(pair)}"][0]
+        assert found == pytest.approx(expected, abs=1e-5)
+        if template == "zephyr":
+            for name, both in public.meta["probs_by_image"].items():
+                found = vlm.score(public.image(name), QUESTION, pair)
+                assert found == pytest.approx(both["_".join(pair)], abs=1e-5)
+
+
+@pytest.mark.parametrize("batch", ["mm2", "mixed", "text_only", "align2"])
+def test_public_training_losses_and_gradients(public: PublicRun, batch: str) -> None:
+    """A mixed batch is one of image rows and one of text rows here: their sums add up."""
+    vlm, expected = public.load(), public.meta["training"][batch]
+    for parameter in [*vlm.model.projector.parameters(), *vlm.model.llm.parameters()]:
+        parameter.requires_grad_(True)
+    data = {name: public.outputs[f"train/{batch}/{name}"] for name in ("input_ids", "labels", "multimodal_indices")}
+    ids, labels = torch.from_numpy(data["input_ids"]), torch.from_numpy(data["labels"])
+    with_image = data["multimodal_indices"].tolist()
+    without = [row for row in range(len(ids)) if row not in with_image]
+    loss, count = torch.zeros(()), torch.zeros(())
+    if with_image:
+        pixels = views(vlm, *(public.image(name) for name in expected["images"] if name))
+        output = vlm.model(ids[with_image], pixels=pixels, labels=labels[with_image])
+        loss, count = loss + output.loss_sum, count + output.num_labels
+        columns = public.outputs["logit_columns_train"]
+        close(output.logits[..., columns], public.outputs[f"train/{batch}/logits_cols"][: len(with_image)])
+    if without:
+        output = vlm.model(ids[without], labels=labels[without])
+        loss, count = loss + output.loss_sum, count + output.num_labels
+    loss = loss / count
+    assert int(count) == expected["num_valid_labels"]
+    assert float(loss.detach()) == pytest.approx(expected["loss"], abs=TOLERANCE)
+    loss.backward()
+    named = {f"projector.{name}": p for name, p in vlm.model.projector.named_parameters()}
+    named |= {f"llm_backbone.llm.{name}": p for name, p in vlm.model.llm.named_parameters()}
+    assert expected["grad_norms"].keys() <= named.keys()
+    for name, norm in expected["grad_norms"].items():
+        gradient = named[name].grad
+        assert float(0 if gradient is None else gradient.norm()) == pytest.approx(norm, rel=TOLERANCE, abs=TOLERANCE)
