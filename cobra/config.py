@@ -133,6 +133,9 @@ class LLMConfig:
         one_of("model.llm.init", self.init, ("mamba", "small"))
         for key in ("d_model", "num_layers", "vocab_size", "d_state", "d_conv", "expand", "pad_vocab_multiple"):
             _positive(f"model.llm.{key}", getattr(self, key))
+        _positive("model.llm.norm_eps", self.norm_eps)
+        if self.dt_rank is not None:
+            _positive("model.llm.dt_rank", self.dt_rank)
 
     @property
     def d_inner(self) -> int:

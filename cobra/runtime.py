@@ -68,9 +68,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary path)`, then rename: readers see the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
-    write(temporary)
-    flush_to_disk(temporary)
-    temporary.replace(path)
+    try:
+        write(temporary)
+        flush_to_disk(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def flush_to_disk(file: Path) -> None:

@@ -21,7 +21,7 @@ def prefill(
     """Read token ids after a prefix.
 
     Args:
-        prompts: B lists of ids, not empty, of any lengths.
+        prompts: B lists of ids below V, at least one of each, of any lengths.
         state: the prefix of each row, B rows; None for the start of a text.
         chunk: tokens of each row that are read at a time, which bounds memory; the results do not depend on it.
 
@@ -30,12 +30,11 @@ def prefill(
         equal those of each row alone.
 
     Raises:
-        ConfigError: an empty prompt, or a chunk without tokens.
+        ConfigError: no prompts, an empty one, an id that is no token, or a chunk without tokens.
     """
     if chunk < 1:
         raise ConfigError(f"chunk={chunk} must be at least 1 token.")
-    if not all(prompts):
-        raise ConfigError("A prompt is empty; there must be at least one token to continue from.")
+    _check_prompts(llm, prompts)
     device = llm.backbone.embedding.weight.device
     longest = max(len(prompt) for prompt in prompts)
     input_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -79,11 +78,12 @@ def decode(
         is_over: told each row and token once, in order, before they are yielded; True ends the row after this token.
 
     Raises:
-        ConfigError: at once, a limit below 1 or seeds for another number of rows; an empty prompt when iterated.
+        ConfigError: at once, a limit below 1, prompts that `prefill` refuses, or seeds for another number of rows.
         NumericsError: when iterated, logits that are NaN or infinite.
     """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+    _check_prompts(llm, prompts)
     sampler = Sampler(sampling, prompts, llm.config.vocab_size, llm.backbone.embedding.weight.device)
 
     def steps() -> Iterator[list[tuple[int, int]]]:
@@ -118,13 +118,33 @@ def choice_probabilities(
     """Probability of each single-token choice as the next token, renormalised over the choices: [B, choices].
 
     Raises:
+        ConfigError: no choices, one that is no token, or prompts that `prefill` refuses.
         NumericsError: logits that are NaN or infinite.
     """
+    _check_ids(llm, "choice_ids", choice_ids)
     logits, _ = prefill(llm, prompts, state)
     logits = logits[:, list(choice_ids)].float()
     if not bool(logits.isfinite().all()):
         raise _not_finite(llm, "the choices")
     return torch.softmax(logits, dim=-1)
+
+
+def _check_prompts(llm: MambaLM, prompts: Sequence[Sequence[int]]) -> None:
+    if not prompts:
+        raise ConfigError("There are no prompts; pass at least one.")
+    for row, prompt in enumerate(prompts):
+        _check_ids(llm, f"Prompt {row}", prompt)
+
+
+def _check_ids(llm: MambaLM, name: str, ids: Sequence[int]) -> None:
+    if not ids:
+        raise ConfigError(f"{name} is empty; there must be at least one token.")
+    for token in (min(ids), max(ids)):
+        if not 0 <= token < llm.config.vocab_size:
+            raise ConfigError(
+                f"{name} holds token {token}, outside of the {llm.config.vocab_size} tokens that the model knows; "
+                "tokenise with the model's own tokenizer."
+            )
 
 
 def _next_logits(llm: MambaLM, hidden: Tensor) -> Tensor:

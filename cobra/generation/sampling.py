@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TypedDict
 
 import torch
@@ -46,7 +46,7 @@ class Sampling:
             So a row's tokens do not depend on the other rows, nor on the answers' limit.
 
     Raises:
-        ConfigError: a value is out of its range.
+        ConfigError: a value is no number, or out of its range.
     """
 
     repetition_penalty: float = 1.0
@@ -57,6 +57,10 @@ class Sampling:
     seed: int | Sequence[int] = 0
 
     def __post_init__(self) -> None:
+        for name in ("repetition_penalty", "temperature", "top_p", "min_p"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise ConfigError(f"{name}={value!r} must be a number.")
         # Written so that NaN, which compares as false, is refused.
         if not 0 < self.repetition_penalty < math.inf:
             raise ConfigError(
@@ -64,14 +68,14 @@ class Sampling:
             )
         if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature={self.temperature} must be 0 (greedy) or greater, and finite.")
-        if not (isinstance(self.top_k, Integral) and self.top_k >= 0):
-            raise ConfigError(f"top_k={self.top_k} must be a whole number, 0 (all tokens) or greater.")
+        if not (_is_whole(self.top_k) and self.top_k >= 0):
+            raise ConfigError(f"top_k={self.top_k!r} must be a whole number, 0 (all tokens) or greater.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} must be in (0, 1]; use 1 for all tokens.")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p={self.min_p} must be in [0, 1]; use 0 for all tokens.")
         for seed in self.seed if isinstance(self.seed, Sequence) else [self.seed]:
-            if not (isinstance(seed, Integral) and 0 <= seed < 2**63):
+            if not (_is_whole(seed) and 0 <= seed < 2**63):
                 raise ConfigError(f"seed={seed!r} must be a whole number in [0, 2**63), or one such number per answer.")
 
     def row_seeds(self, num_rows: int) -> list[int]:
@@ -87,6 +91,10 @@ class Sampling:
                 f"seed holds {len(self.seed)} numbers for {num_rows} answers; pass one per answer, or a single number."
             )
         return list(self.seed)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class Sampler:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cobra.errors import DataError, ShapeError
+from cobra.errors import ConfigError, DataError, ShapeError
 from cobra.text.prompt import IGNORE_INDEX
 
 # Tokens whose logits exist at one time: 1,024 x 50,280 x 4 bytes = 206 MB. On a CPU, for 4,096 tokens of width 768,
@@ -45,10 +45,13 @@ def labelled_loss(
         the sum is a zero whose gradients are zeros, so that every rank of a run can go backward.
 
     Raises:
+        ConfigError: a chunk without positions.
         ShapeError: `labels` does not fit `hidden`.
         DataError: a label is neither a token nor `IGNORE_INDEX`. Seen on the CPU only: on a GPU the look would wait
-            for the device, whose own assertion stops the run.
+            for the head's product that is queued before it, and the device's own assertion stops the run.
     """
+    if chunk < 1:
+        raise ConfigError(f"chunk={chunk} must be at least 1 labelled position.")
     if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64:
         raise ShapeError(
             f"labels are {labels.dtype} {list(labels.shape)}, expected int64 {list(hidden.shape[:-1])} to fit hidden "

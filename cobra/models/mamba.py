@@ -155,7 +155,7 @@ class MambaBlock(nn.Module):
         mixed, after = self.mixer.step(normed, state)
         return mixed, total, after
 
-    def plain_weights(self) -> BlockWeights | None:
+    def plain_weights(self, eps: float) -> BlockWeights | None:
         """All parameters, for a kernel that runs whole blocks; None unless the block does just what they say."""
         # From the modules' own dictionaries: twelve times as fast as their attributes, which counts once per token.
         outer: dict[str, Any] = self._modules
@@ -169,9 +169,13 @@ class MambaBlock(nn.Module):
             and _is_plain(norm, RMSNormWeight)
             and _is_plain(conv, nn.Conv1d)
             and all(_is_plain(module, nn.Linear) for module in linear)
+            and norm.eps == eps
         ):
             return None
         in_proj, x_proj, dt_proj, out_proj = (module._parameters for module in linear)
+        has_bias = [parameters["bias"] is not None for parameters in (in_proj, x_proj, out_proj)]
+        if any(has_bias) or dt_proj["bias"] is None or conv._parameters["bias"] is None:
+            return None
         return BlockWeights(
             norm=norm._parameters["weight"],
             in_proj=in_proj["weight"],
@@ -213,11 +217,13 @@ class MambaLM(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V]."""
-        if not torch.is_grad_enabled() and hidden.dim() == 2 and _is_plain(self.lm_head, nn.Linear):
-            logits = fused.linear(hidden, self.lm_head.weight)
+        head = self.lm_head
+        is_plain = _is_plain(head, nn.Linear) and head.bias is None and hidden.dtype == head.weight.dtype
+        if is_plain and hidden.dim() == 2 and not torch.is_grad_enabled():
+            logits = fused.linear(hidden, head.weight)
             if logits is not None:
                 return logits.to(hidden.dtype)
-        return self.lm_head(hidden)
+        return head(hidden)
 
     def checkpoint_activations(self, every: int | None) -> None:
         """Trade time for memory in training: compute blocks again in the backward pass instead of keeping their inside.
@@ -277,9 +283,9 @@ class MambaLM(nn.Module):
         self._check_ids(input_ids, "[batch]")
         self._check_state(state, input_ids)
         embedded = self.backbone.embedding(input_ids)
-        fused = self._fused_step(embedded, state)
-        if fused is not None:
-            hidden, residual, after = fused
+        done = self._fused_step(embedded, state)
+        if done is not None:
+            hidden, residual, after = done
         else:
             hidden, residual, states = embedded, None, []
             for i, block in enumerate(self.backbone.layers):
@@ -293,14 +299,14 @@ class MambaLM(nn.Module):
         """All blocks in one kernel, if there is one and nothing but the blocks' own weights takes part."""
         if torch.is_grad_enabled():
             return None
-        weights = [block.plain_weights() for block in self.backbone.layers]  # type: ignore[operator]
+        weights = [block.plain_weights(self.config.norm_eps) for block in self.backbone.layers]  # type: ignore[operator]
         if None in weights:
             return None
         found = fused.stack_step(weights, embedded, state.conv, state.ssm, self.config.norm_eps)
         if found is None:
             return None
         hidden, residual, conv, ssm = found
-        return hidden, residual, MambaState([new.to(old.dtype) for new, old in zip(conv, state.conv, strict=True)], ssm)
+        return hidden, residual, MambaState([tensor.to(embedded.dtype) for tensor in conv], ssm)
 
     def _check_ids(self, input_ids: Tensor, axes: str) -> None:
         # Whether they are in the vocabulary is not looked at: on a GPU that would wait for the device.

@@ -27,10 +27,17 @@ class MambaState:
     Attributes:
         conv: per layer [B, K - 1, E]: the last inputs of the convolution, oldest first.
         ssm: per layer [B, E, N], float32 (float64 in a float64 model).
+
+    Raises:
+        ShapeError: there are no layers.
     """
 
     conv: list[Tensor]
     ssm: list[Tensor]
+
+    def __post_init__(self) -> None:
+        if not self.ssm:
+            raise ShapeError("A state has no layers; give it conv and ssm tensors of at least one.")
 
     @property
     def batch_size(self) -> int:
@@ -38,10 +45,20 @@ class MambaState:
         return self.ssm[0].shape[0]
 
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> MambaState:
-        """Select, repeat or reorder rows: an int64 index tensor, a slice or a list of row numbers."""
+        """Select, repeat or reorder rows: an int32 or int64 index tensor, a slice or a list of row numbers.
+
+        Raises:
+            ShapeError: an index of another dtype, such as a mask.
+        """
         if isinstance(rows, slice):
             return MambaState([t[rows] for t in self.conv], [t[rows] for t in self.ssm])
         index = torch.as_tensor(rows, device=self.ssm[0].device)
+        if index.numel() == 0 and not isinstance(rows, Tensor):
+            index = index.long()  # an empty list says nothing of its dtype
+        if index.dtype not in (torch.int32, torch.int64):
+            kind = "mask" if index.dtype == torch.bool else "index"
+            remedy = "mask.nonzero().squeeze(1)" if index.dtype == torch.bool else "int64 row numbers"
+            raise ShapeError(f"A state's rows cannot be selected by a {index.dtype} {kind}; pass {remedy}.")
         # Not t[index]: its gradient adds up repeated rows in any order, and a run could not be repeated bit for bit.
         return MambaState([t.index_select(0, index) for t in self.conv], [t.index_select(0, index) for t in self.ssm])
 
@@ -94,14 +111,23 @@ class MambaState:
         return MambaState([t.to(device) for t in self.conv], [t.to(device) for t in self.ssm])
 
     def save(self, path: Path | str) -> None:
-        """Write a safetensors file, whole or not at all: `conv.0`, `ssm.0`, and so on, in their own dtypes."""
+        """Write a safetensors file, whole or not at all: `conv.0`, `ssm.0`, and so on, in their own dtypes.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
         tensors = {
             f"{name}.{i}": tensor.detach().cpu().contiguous()
             for name, parts in (("conv", self.conv), ("ssm", self.ssm))
             for i, tensor in enumerate(parts)
         }
         metadata = {"format": FORMAT, "version": VERSION, "num_layers": str(len(self.ssm))}
-        write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        try:
+            write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} cannot be written ({error}); name a file, not a folder, where there is room and permission."
+            ) from None
 
     @classmethod
     def load(cls, path: Path | str, *, device: torch.device | str = "cpu") -> MambaState:

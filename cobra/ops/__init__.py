@@ -13,8 +13,11 @@ what its rows give alone. A length of zero returns the initial state.
 the row. The initial state belongs to the steps before a row's first reset, the final state to its last text.
 
 Shapes, dtypes and devices are checked in every call. Values are checked where that costs next to nothing: on the CPU,
-in the operations over sequences, lengths must lie within the sequence and parameters be finite. On other devices a
-check would wait for the device; lengths are clamped there.
+lengths must lie within the sequence and parameters be finite (not in the two single steps, which follow a sequence with
+the same parameters). On other devices a check would wait for the device; lengths are clamped there.
+
+Second derivatives and the transforms of `torch.func` need the backend "reference"; forward-mode derivatives take it by
+themselves.
 """
 
 import math
@@ -41,6 +44,7 @@ def _check(name: str, tensor: Tensor | None, expected: tuple[int, ...], source: 
     """Raise ShapeError unless `tensor` is None or has the shape that `like`, the argument called `source`, implies."""
     if tensor is None:
         return
+    _check_type(name, tensor)
     if tuple(tensor.shape) != expected:
         raise ShapeError(
             f"{name} has shape {list(tensor.shape)}, expected {list(expected)} to fit {source} {list(like.shape)}."
@@ -51,7 +55,13 @@ def _check(name: str, tensor: Tensor | None, expected: tuple[int, ...], source: 
         raise ShapeError(f"{name} {list(tensor.shape)} has dtype {tensor.dtype}, expected a floating point dtype.")
 
 
+def _check_type(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ShapeError(f"{name} is of type {type(tensor).__name__}, expected a tensor.")
+
+
 def _check_main(name: str, tensor: Tensor, axes: str) -> None:
+    _check_type(name, tensor)
     if tensor.dim() != len(axes.split()):
         raise ShapeError(f"{name} has shape {list(tensor.shape)}, expected [{', '.join(axes.split())}].")
     if not tensor.is_floating_point():
@@ -103,6 +113,7 @@ def _check_finite(**parameters: Tensor | None) -> None:
 def _check_parameters(A: Tensor, D: Tensor | None, delta_bias: Tensor | None, u: Tensor) -> int:
     """Check what does not depend on the sequence; returns the state size."""
     dim = u.shape[-1]
+    _check_type("A", A)
     if A.dim() != 2:
         raise ShapeError(f"A has shape {list(A.shape)}, expected [dim, state] to fit u {list(u.shape)}.")
     _check("A", A, (dim, A.shape[1]), "u", u)
@@ -255,6 +266,7 @@ def causal_conv1d(
 
 def _check_filter(weight: Tensor, bias: Tensor | None, x: Tensor) -> int:
     """Returns the filter's width."""
+    _check_type("weight", weight)
     if weight.dim() != 2 or weight.shape[1] == 0:
         raise ShapeError(f"weight has shape {list(weight.shape)}, expected [dim, width] to fit x {list(x.shape)}.")
     _check("weight", weight, (x.shape[-1], weight.shape[1]), "x", x)
@@ -291,14 +303,19 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
         eps: added to the mean square.
 
     Returns: normed, in the dtype of x, and new_residual, float32 (float64 if x is).
-    Raises: ShapeError if sizes, dtypes or devices do not fit; the message names the argument.
+    Raises: ShapeError if sizes, dtypes or devices do not fit, NumericsError if weight is not finite or eps not
+        positive; the message names the argument.
     Source: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
     """
+    _check_type("x", x)
     if x.dim() == 0:
         raise ShapeError("x is a scalar, expected [..., dim].")
     if not x.is_floating_point():
         raise ShapeError(f"x has dtype {x.dtype}, expected a floating point dtype.")
     _check("residual", residual, tuple(x.shape), "x", x)
     _check("weight", weight, (x.shape[-1],), "x", x)
+    _check_finite(weight=weight)
+    if not (isinstance(eps, (int, float)) and 0 < eps < math.inf):
+        raise NumericsError(f"eps={eps!r} must be a positive number.")
     rest = {"residual": residual, "weight": weight, "eps": eps}
     return implementation("add_rms_norm", x, rest)(x, **rest)

@@ -28,12 +28,14 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 from cobra.errors import BackendError
 
 from . import backends, reference
 
 ENVIRONMENT_VARIABLE = "COBRA_OPS_BACKEND"
+FUNCTIONS = ("selective_scan", "selective_state_update", "causal_conv1d", "causal_conv1d_update", "add_rms_norm")
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -59,7 +61,8 @@ def discover() -> dict[str, ModuleType]:
 
 @_constant_to_the_compiler
 def _from_environment() -> str | None:
-    return os.environ.get(ENVIRONMENT_VARIABLE) or None
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    return None if name in (None, "", "auto") else name
 
 
 def forced_backend() -> str | None:
@@ -82,7 +85,7 @@ def set_backend(name: str | None) -> None:
 
 @contextmanager
 def use_backend(name: str | None) -> Generator[None, None, None]:
-    """`set_backend` for the length of a `with` block."""
+    """`set_backend` for the length of a `with` block; for the whole process, other threads included."""
     previous = _forced
     set_backend(name)
     try:
@@ -149,7 +152,10 @@ def implementation(function: str, main: torch.Tensor, arguments: Mapping[str, An
         arguments: others, for backends that decline some calls. A backend that was asked for by name gets every call,
             and raises BackendError itself for what it cannot do.
     """
-    if main.numel() == 0:  # nothing to compute: spares every backend the empty cases
+    # Nothing to compute: spares every backend the empty cases. Forward-mode derivatives: only plain operations have
+    # them, and an operator without them would pass for a constant.
+    level: int = forward_ad._current_level  # pyright: ignore  there is no public way to ask
+    if main.numel() == 0 or level >= 0:
         return getattr(reference, function)
     asked_for = forced_backend()
     for name in _candidates(function, main.device.type, main.dtype, asked_for):

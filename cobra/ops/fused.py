@@ -2,7 +2,8 @@
 
 Both functions return None, and have done nothing, where no such kernel fits: then the caller takes the ordinary path,
 which computes the same. They read weights directly: whoever calls them makes sure that no hook, adapter or sharding
-stands between a module and its weight.
+stands between a module and its weight. What watches all modules or all operations, such as a counter of FLOPs, sees
+nothing of them; `use_backend("reference")` takes the ordinary path.
 """
 
 from collections.abc import Sequence

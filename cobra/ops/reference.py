@@ -30,14 +30,14 @@ def _upcast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-def _within(lengths: Tensor | None, tensor: Tensor) -> Tensor | None:
+def steps_within(lengths: Tensor | None, tensor: Tensor) -> Tensor | None:
     """[batch, length, 1], true at the steps that count; None if all do."""
     if lengths is None:
         return None
     return (torch.arange(tensor.shape[1], device=tensor.device) < lengths[:, None])[..., None]
 
 
-def _zero_outside(tensor: Tensor, within: Tensor | None) -> Tensor:
+def zero_outside(tensor: Tensor, within: Tensor | None) -> Tensor:
     """Padding as zeros, by selection and not by product: NaN there reaches neither values nor gradients."""
     return tensor if within is None else torch.where(within, tensor, 0.0)
 
@@ -83,11 +83,11 @@ def selective_scan(
     """`cobra.ops.selective_scan` as a loop over time."""
     out_dtype = u.dtype
     dtype = _compute_dtype(u)
-    within = _within(lengths, u)
-    u, delta, B, C = (_zero_outside(tensor.to(dtype), within) for tensor in (u, delta, B, C))
-    z = None if z is None else _zero_outside(z.to(dtype), within)
+    within = steps_within(lengths, u)
+    u, delta, B, C = (zero_outside(tensor.to(dtype), within) for tensor in (u, delta, B, C))
+    z = None if z is None else zero_outside(z.to(dtype), within)
     A, D, delta_bias = A.to(dtype), _upcast(D, dtype), _upcast(delta_bias, dtype)
-    dt = _zero_outside(_step_size(delta, delta_bias, delta_softplus), within)  # dt = 0 leaves the state as it is
+    dt = zero_outside(_step_size(delta, delta_bias, delta_softplus), within)  # dt = 0 leaves the state as it is
     h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1]) if initial_state is None else initial_state.to(dtype)
     forget = None if resets is None else resets if within is None else resets & within[..., 0]
     ys = []
@@ -134,10 +134,10 @@ def causal_conv1d(
     """`cobra.ops.causal_conv1d` as a sum of shifted inputs."""
     batch, length, dim = x.shape
     width = weight.shape[1]
-    within = _within(lengths, x)
+    within = steps_within(lengths, x)
     before = x.new_zeros(batch, width - 1, dim) if initial_state is None else initial_state.to(x.dtype)
     # position t of the input is position t + width - 1 here
-    padded = torch.cat([before, _zero_outside(x, within)], dim=1)
+    padded = torch.cat([before, zero_outside(x, within)], dim=1)
 
     dtype = _compute_dtype(x)
     taps = weight.to(dtype)
@@ -148,7 +148,7 @@ def causal_conv1d(
             values = torch.where(_steps_since_reset(resets)[..., None] >= width - 1 - k, values, 0.0)
         products.append(values * taps[:, k])
     y = torch.stack(products).sum(0)
-    y = _zero_outside(F.silu(y if bias is None else y + bias.to(dtype)), within)
+    y = zero_outside(F.silu(y if bias is None else y + bias.to(dtype)), within)
 
     ends = torch.full((batch,), length, device=x.device) if lengths is None else lengths.clamp(0, length)
     window = ends[:, None] + torch.arange(width - 1, device=x.device)  # [batch, width - 1]

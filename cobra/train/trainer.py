@@ -67,7 +67,8 @@ class Trainer:
 
         Raises:
             Interrupted: after a signal, once the step is finished and saved.
-            NumericsError: the loss, a gradient or a parameter is not finite; the update has not been made.
+            NumericsError: the loss, a gradient or a parameter is not finite. An update from it has not been made, nor
+                such parameters been saved.
         """
         train, window = self.config.train, _Window(self)
         bar = tqdm(
@@ -117,14 +118,15 @@ class Trainer:
             try:
                 output = self._forward(batch)
             except NumericsError as error:  # of a parameter, found before there is a loss
-                raise self._diverged(str(error).rstrip(".")) from error
+                raise self._diverged(step + 1, f"{str(error).rstrip('.')}. The update was not made") from error
             assert output.loss_sum is not None  # the batch has labels
             part = output.loss_sum / num_labels
             part.backward()
             loss += part.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise self._diverged(f"loss {float(loss)}, gradient norm {float(grad_norm)}")
+            what = f"loss {float(loss)}, gradient norm {float(grad_norm)}. The update was not made"
+            raise self._diverged(step + 1, what)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.num_steps, train)
         self.optimizer.step()
@@ -148,10 +150,9 @@ class Trainer:
                 lengths=batch.lengths,
             )
 
-    def _diverged(self, what: str) -> NumericsError:
+    def _diverged(self, step: int, what: str) -> NumericsError:
         return NumericsError(
-            f"Step {self.progress.step + 1}: {what}. The update was not made; "
-            f"the last checkpoint in {self.checkpoints} is good. Try a lower train.learning_rate."
+            f"Step {step}: {what}; the last checkpoint in {self.checkpoints} is good. Try a lower train.learning_rate."
         )
 
     @contextmanager
@@ -165,6 +166,13 @@ class Trainer:
             raise
 
     def _save(self) -> None:
+        trained = [(name, p.detach()) for name, p in self.model.named_parameters() if p.requires_grad]
+        finite = torch.stack([tensor.sum() for _, tensor in trained]).isfinite().tolist()  # the device is awaited once
+        if not all(finite):
+            name = trained[finite.index(False)][0]
+            raise self._diverged(
+                self.progress.step, f"its update left NaN or infinity in the parameter {name}. It was not saved"
+            )
         checkpoint.save(
             self.checkpoints, self.progress, self.model, self.optimizer, keep=self.config.train.keep_checkpoints
         )

@@ -227,7 +227,33 @@ def test_wrong_use_is_refused_at_once(lm: MambaLM) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             decode(lm, prompts, None, end_id=0, **options)
-    with pytest.raises(ConfigError, match="prompt is empty"):
-        prefill(lm, [[1], []], None)
     with pytest.raises(ConfigError, match="chunk=0 must be at least 1"):
         prefill(lm, prompts, None, chunk=0)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "There are no prompts"),
+        ([[1], []], "Prompt 1 is empty"),
+        ([[1], [3, VOCAB, 2]], f"Prompt 1 holds token {VOCAB}, outside of the {VOCAB} tokens"),  # a row of the padding
+        ([[1, -1], [2]], "Prompt 0 holds token -1, outside"),
+        ([[2**40]], f"Prompt 0 holds token {2**40}, outside"),
+    ],
+    ids=str,
+)
+def test_prompts_that_cannot_be_read_are_refused_at_once(lm: MambaLM, prompts: list[list[int]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prefill(lm, prompts, None)
+    with pytest.raises(ConfigError, match=message):
+        decode(lm, prompts, None, max_new_tokens=1, end_id=0, sampling=Sampling(repetition_penalty=1.1))
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [([], "choice_ids is empty"), ([3, VOCAB], f"holds token {VOCAB}, outside"), ([-1, 3], "holds token -1, outside")],
+    ids=str,
+)
+def test_choices_that_are_no_tokens_are_refused(lm: MambaLM, choices: list[int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choice_probabilities(lm, make_prompts(4), None, choices)

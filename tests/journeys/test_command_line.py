@@ -146,6 +146,9 @@ def test_mistake_ends_in_one_line(
         (["train.betas=[0.9]"], ["train.betas=[0.9]", "two numbers"]),
         (["parallel.precision=fp16"], ["parallel.precision='fp16'", "bf16"]),
         (["model.llm.d_state=0"], ["model.llm.d_state=0"]),
+        (["+model.llm.norm_eps=0"], ["model.llm.norm_eps=0", "greater than 0"]),
+        (["+model.llm.norm_eps=-1e-5"], ["model.llm.norm_eps=-1e-05", "greater than 0"]),
+        (["+model.llm.dt_rank=0"], ["model.llm.dt_rank=0", "greater than 0"]),
     ],
     ids=str,
 )

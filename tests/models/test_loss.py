@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cobra.errors import DataError, ShapeError
+from cobra.errors import ConfigError, DataError, ShapeError
 from cobra.models.loss import labelled_loss
 from cobra.text.prompt import IGNORE_INDEX
 
@@ -141,3 +141,9 @@ def test_labels_that_do_not_fit_are_refused() -> None:
         labelled_loss(head, hidden, labels[:, 1:])
     with pytest.raises(ShapeError, match=r"int32 \[4, 9\], expected int64"):
         labelled_loss(head, hidden, labels.int())
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_chunk_without_positions_is_refused(chunk: int) -> None:
+    with pytest.raises(ConfigError, match=f"chunk={chunk} must be at least 1"):
+        labelled_loss(*make_batch(), chunk=chunk)

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -563,6 +564,39 @@ class TestFusedStep:
         torch.testing.assert_close(adapted, expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(adapted, plain, rtol=1e-3)
 
+    @pytest.mark.parametrize("change", ["in_proj bias", "out_proj bias", "head bias", "no conv bias", "eps"])
+    @torch.no_grad()
+    def test_whatever_a_block_has_takes_part(self, lm: MambaLM, change: str) -> None:
+        mixer = lm.backbone.layers[1].mixer
+        plain, _ = self.step(lm)
+        if change == "in_proj bias":
+            mixer.in_proj.bias = torch.nn.Parameter(torch.ones(mixer.in_proj.out_features))
+        elif change == "out_proj bias":
+            mixer.out_proj.bias = torch.nn.Parameter(torch.ones(mixer.out_proj.out_features))
+        elif change == "head bias":
+            lm.lm_head.bias = torch.nn.Parameter(torch.ones(lm.lm_head.out_features))
+        elif change == "no conv bias":
+            mixer.conv1d.bias = None
+        else:
+            lm.backbone.layers[1].norm.eps = 1.0
+        changed, _ = self.step(lm)
+        with ops.use_backend("reference"):
+            expected, _ = self.step(lm)
+        torch.testing.assert_close(changed, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(changed, plain, rtol=1e-3)
+
+    @torch.no_grad()
+    def test_states_of_another_dtype_become_the_models(self, lm: MambaLM) -> None:
+        """As after a prefill under autocast."""
+        _, state = logits_of(lm, random_ids(3, 9))
+        state = MambaState([tensor.bfloat16() for tensor in state.conv], state.ssm)
+        _, after = lm.step(random_ids(3), state)
+        with ops.use_backend("reference"):
+            _, expected = lm.step(random_ids(3), state)
+        for ours, theirs in zip([*after.conv, *after.ssm], [*expected.conv, *expected.ssm], strict=True):
+            assert ours.dtype == theirs.dtype == torch.float32
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
     @pytest.mark.parametrize("path", ["backbone.layers.0.mixer.in_proj", "backbone.layers.1.norm", "lm_head"])
     @torch.no_grad()
     def test_hooks_are_called(self, lm: MambaLM, path: str) -> None:
@@ -572,3 +606,26 @@ class TestFusedStep:
         hidden, _ = lm.step(random_ids(3), state)
         lm.head(hidden)
         assert calls == [1]
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_compiled_model_equals_eager(every: int | None) -> None:
+    """Whole, for sequences of any length, with states, and step by step."""
+    lm = make_lm(dtype=torch.float32, num_layers=1)
+    lm.checkpoint_activations(every)
+    torch._dynamo.reset()
+    compiled = torch.compile(lm, backend="aot_eager", fullgraph=True, dynamic=True)
+
+    def gradients(model: Any, length: int) -> list[Tensor]:
+        hidden, state = model(lm.embed(random_ids(2, length)), lengths=torch.tensor([length, 3]))
+        hidden, state = model(lm.embed(random_ids(2, 4)), state=state)
+        loss = hidden.square().sum() + state.ssm[0].sum()
+        return list(torch.autograd.grad(loss, list(lm.parameters()), materialize_grads=True))
+
+    for length in (7, 11):
+        for actual, expected in zip(gradients(compiled, length), gradients(lm, length), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()) + 1e-12)
+    with torch.no_grad():
+        _, state = lm(lm.embed(random_ids(2, 5)))
+        step = torch.compile(lm.step, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(step(random_ids(2), state)[0], lm.step(random_ids(2), state)[0])

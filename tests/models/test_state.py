@@ -81,6 +81,35 @@ class TestRows:
         with pytest.raises(ShapeError, match=f"State 1 is .*{found}.* but state 0 is .*{expected}"):
             MambaState.concat([make_state(), other])
 
+    @pytest.mark.parametrize("index", [[2, 0], torch.tensor([2, 0]), torch.tensor([2, 0], dtype=torch.int32)], ids=repr)
+    def test_rows_are_selected_in_order(self, index: Tensor | list[int]) -> None:
+        state = make_state(3)
+        assert_same(state[index], MambaState.concat([state[2:], state[:1]]))
+
+    def test_empty_list_selects_no_rows(self) -> None:
+        state = make_state(3)
+        assert state[[]].batch_size == 0
+        assert_same(state[[]], state[:0])
+
+    @pytest.mark.parametrize(
+        ("index", "message"),
+        [
+            (torch.tensor([True, False, True]), r"torch\.bool mask; pass mask\.nonzero\(\)"),
+            ([True, False, True], r"torch\.bool mask; pass mask\.nonzero\(\)"),
+            (torch.tensor([0.0, 2.0]), r"torch\.float32 index; pass int64"),
+            (torch.tensor([]), r"torch\.float32 index; pass int64"),
+            ([0.5], r"torch\.float32 index; pass int64"),
+        ],
+        ids=repr,
+    )
+    def test_other_indices_are_refused(self, index: Tensor | list[int], message: str) -> None:
+        with pytest.raises(ShapeError, match=message):
+            make_state(3)[index]
+
+    def test_state_without_layers_is_refused(self) -> None:
+        with pytest.raises(ShapeError, match="no layers"):
+            MambaState([], [])
+
 
 class TestFiles:
     @pytest.mark.parametrize(
@@ -122,9 +151,17 @@ class TestFiles:
             raise OSError("No space left on device")
 
         monkeypatch.setattr(state_module, "save_file", fail)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(CheckpointError, match=r"image\.safetensors cannot be written \(No space") as caught:
             make_state(7).save(file)
+        assert str(file) in str(caught.value)
         assert_same(MambaState.load(file), make_state())
+        assert list(file.parent.iterdir()) == [file]
+
+    def test_folder_is_not_written_over(self, tmp_path: Path) -> None:
+        (tmp_path / "states").mkdir()
+        with pytest.raises(CheckpointError, match=r"states cannot be written .*name a file, not a folder"):
+            make_state().save(tmp_path / "states")
+        assert [path.name for path in tmp_path.iterdir()] == ["states"]
 
     def test_missing_file_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="absent is missing"):

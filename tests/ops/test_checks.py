@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import cobra.ops
-from cobra.errors import NumericsError, ShapeError
+from cobra.errors import BackendError, NumericsError, ShapeError
+from cobra.ops import dispatch
 
 from .cases import conv_arguments, scan_arguments
 
@@ -95,6 +96,42 @@ def test_parameters_that_are_not_finite_are_refused(name, value):
     arguments[name].view(-1)[3] = value
     with pytest.raises(NumericsError, match=rf"^{name} \[.*\] has 1 values that are NaN or infinite"):
         (cobra.ops.causal_conv1d if is_filter else cobra.ops.selective_scan)(**arguments)
+
+
+def test_norm_refuses_what_is_not_finite_or_positive():
+    x = torch.ones(2, 5)
+    with pytest.raises(NumericsError, match=r"^weight \[5\] has 5 values"):
+        cobra.ops.add_rms_norm(x, None, torch.full((5,), torch.nan), 1e-5)
+    for eps in (0, -1e-5, torch.inf, None):
+        with pytest.raises(NumericsError, match=r"^eps=.* must be a positive number"):
+            cobra.ops.add_rms_norm(x, None, torch.ones(5), eps)
+
+
+def test_what_is_no_tensor_is_refused_by_name():
+    arguments = scan_arguments(2, 6, 5, 3)
+    for name, value in (("u", None), ("A", [1.0]), ("lengths", [6, 3]), ("B", arguments["B"].numpy())):
+        with pytest.raises(ShapeError, match=rf"^{name} is of type {type(value).__name__}, expected a tensor"):
+            cobra.ops.selective_scan(**(arguments | {name: value}))
+    with pytest.raises(ShapeError, match=r"^weight is of type NoneType"):
+        cobra.ops.causal_conv1d(torch.zeros(2, 6, 5), None)
+
+
+def test_derivatives_beyond_the_first_are_refused_or_right():
+    arguments = {name: t.requires_grad_() for name, t in scan_arguments(1, 4, 3, 2).items()}
+
+    def scan(u: torch.Tensor) -> torch.Tensor:
+        return cobra.ops.selective_scan(**(arguments | {"u": u}), delta_softplus=True)[0]
+
+    if "cpu" in dispatch.choose("cpu", torch.float32, None)[0][0].NAME:
+        (gradient,) = torch.autograd.grad(scan(arguments["u"]).sum(), arguments["u"], create_graph=True)
+        with pytest.raises(BackendError, match=r"first derivatives only; .* 'reference'"):
+            gradient.sum().backward()
+    direction = torch.ones_like(arguments["u"])
+    _, tangent = torch.func.jvp(scan, (arguments["u"].detach(),), (direction,))
+    with cobra.ops.use_backend("reference"):
+        _, expected = torch.func.jvp(scan, (arguments["u"].detach(),), (direction,))
+    torch.testing.assert_close(tangent, expected)
+    assert tangent.abs().sum() > 0
 
 
 def test_parameters_of_a_wrong_dtype_are_refused():

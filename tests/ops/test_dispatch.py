@@ -1,6 +1,8 @@
 """How a backend is found, chosen, forced and refused."""
 
 import logging
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +98,67 @@ def test_import_does_not_import_numba():
 def test_table_command_runs():
     result = subprocess.run([sys.executable, "-m", "cobra.ops"], capture_output=True, text=True, check=True)
     assert "reference" in result.stdout and "float32 on cpu: " in result.stdout
+
+
+BROKEN = """
+import logging, sys
+logging.basicConfig(level=logging.WARNING)
+{damage}
+import torch, cobra.ops
+from cobra.ops.reference import add_rms_norm
+x = torch.randn(2, 5)
+for _ in range(2):
+    normed, _ = cobra.ops.add_rms_norm(x, None, torch.ones(5), 1e-5)
+assert torch.allclose(normed, add_rms_norm(x, None, torch.ones(5), 1e-5)[0])
+"""
+NO_CACHE = """
+from numba.core import caching
+caching.CacheImpl._locator_classes = []
+"""
+
+
+@pytest.mark.parametrize(
+    ("damage", "warning"),
+    [
+        (
+            "sys.modules['numba'] = None",
+            "Using the slow reference ops on cpu, faster backends are missing (cpu: numba ",
+        ),
+        (NO_CACHE, "The compiled CPU kernels cannot be kept: no cache folder can be written."),
+    ],
+    ids=["numba does not import", "no cache folder"],
+)
+def test_damaged_surroundings_cost_speed_and_one_warning(damage, warning):
+    code = BROKEN.format(damage=damage)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count(warning) == 1, result.stderr
+
+
+def test_kernels_of_other_sources_are_not_taken_from_the_cache(tmp_path):
+    """Numba looks at a kernel's own file only, and not at the functions that it is made of."""
+    pytest.importorskip("numba")
+    package = Path(cobra.ops.__file__).parents[1]
+    copy = tmp_path / "cobra"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__", "assets"))
+    code = "import torch, cobra.ops\n"
+    code += "print(float(cobra.ops.add_rms_norm(torch.full((1, 64), 3.0), None, torch.ones(64), 1e-5)[0][0, 0]))"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "kernels")}
+
+    def run() -> float:
+        result = subprocess.run(
+            [sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-c", code],
+            capture_output=True, text=True, check=True, env=environment, cwd=tmp_path,
+        )  # fmt: skip
+        return float(result.stdout)
+
+    assert run() == pytest.approx(1)
+    vector = copy / "ops" / "backends" / "cpu" / "vector.py"
+    source = vector.read_text()
+    before = vector.stat()
+    vector.write_text(source + "# another version\n")
+    os.utime(vector, (before.st_atime, before.st_mtime))  # as packages keep the times of their files
+    indices = {path: path.stat().st_mtime_ns for path in (tmp_path / "kernels").rglob("*.nbi")}
+    assert indices
+    assert run() == pytest.approx(1)
+    assert all(path.stat().st_mtime_ns > indices[path] for path in indices if path.exists())

@@ -207,6 +207,20 @@ def test_divergence_stops_before_the_update(fit: Fit, monkeypatch: pytest.Monkey
     assert sorted(set(steps)) == [0, 1, 2, 3, 4, 5]
 
 
+def test_parameters_that_are_not_finite_are_not_saved(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def rate(step: int, num_steps: int, config: TrainConfig) -> float:
+        return math.nan if step == 5 else 1e-3
+
+    monkeypatch.setattr("cobra.train.trainer.learning_rate", rate)
+    with pytest.raises(NumericsError, match=r"^Step 6: .* parameter \S+\.weight\b.*last checkpoint in .* is good"):
+        fit("train.save_every=1", "run.name=diverging")
+    newest = checkpoint.latest(tmp_path / "runs" / "diverging" / "checkpoints")
+    assert newest is not None and newest.name == "step-000005"
+    assert all(bool(tensor.isfinite().all()) for tensor in load_file(newest / "tensors.safetensors").values())
+
+
 class TestOptimizer:
     def test_decay_spares_vectors_and_the_scan(self, small_model) -> None:
         set_trainable(small_model, "full-finetune")

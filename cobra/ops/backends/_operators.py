@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cobra.errors import BackendError
+
 from ._shared import compute_dtype, first_steps, last_inputs, rows
 
 # Inputs in the order of the schema -> outputs, then whatever the backward pass needs beside the inputs.
@@ -51,6 +53,11 @@ def differentiable(
         mutates_args=(),
         schema=f"(Tensor?[] gradients, Tensor[] saved, {inputs}) -> Tensor[]",
     )
+
+    def refuse(ctx: Any, *_: Any) -> None:
+        raise BackendError(f"{name} has first derivatives only; for higher ones ask for the backend 'reference'.")
+
+    gradients_of.register_autograd(refuse)
 
     @gradients_of.register_fake
     def _(gradients: list[Tensor | None], saved: list[Tensor], *inputs: Any) -> list[Tensor]:
@@ -93,6 +100,10 @@ def _contiguous(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | No
 def _within_length(lengths: Tensor | None, like: Tensor) -> Tensor | None:
     """Every row's number of steps as int64; clamped, as a kernel would read memory that is not its own."""
     return None if lengths is None else lengths.to(like.device, torch.int64).clamp(0, like.shape[1]).contiguous()
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def scan_functions(
@@ -156,7 +167,7 @@ def scan_functions(
         resets = None if resets is None else resets.contiguous()
         y, final_state, _ = operator(
             u_, delta, A, B, C, D, z, delta_bias, delta_softplus, _within_length(lengths, u), resets, initial,
-            torch.is_grad_enabled(),
+            _needs_gradient(u, delta, A, B, C, D, z, delta_bias, initial),
         )  # fmt: skip
         return y.to(u.dtype), final_state.transpose(1, 2)
 

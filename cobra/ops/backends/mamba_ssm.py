@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cobra.errors import BackendError
+from cobra.ops.reference import steps_within, zero_outside
 
 from ._operators import differentiable
 from ._shared import last_inputs
@@ -89,15 +90,6 @@ def _refuse_impossible(function: str, **arguments: Any) -> None:
     reason = _impossible(function, arguments)
     if reason is not None:
         raise BackendError(f"The ops backend {NAME!r} cannot run this {function}: {reason}; use 'triton'.")
-
-
-def _within(lengths: Tensor | None, like: Tensor) -> Tensor | None:
-    """[batch, length, 1], true at the steps that count; None if all do."""
-    return None if lengths is None else (torch.arange(like.shape[1], device=like.device) < lengths[:, None])[..., None]
-
-
-def _zero_outside(tensor: Tensor, within: Tensor | None) -> Tensor:
-    return tensor if within is None else torch.where(within, tensor, 0.0)
 
 
 def _as_float(parameter: Tensor | None) -> Tensor | None:
@@ -187,14 +179,14 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """See `cobra.ops.selective_scan`."""
     _refuse_impossible("selective_scan", A=A, resets=resets)
-    y_dtype, dtype, within = u.dtype, u.dtype, _within(lengths, u)
+    y_dtype, dtype, within = u.dtype, u.dtype, steps_within(lengths, u)
     A, D, delta_bias = A.float().contiguous(), _as_float(D), _as_float(delta_bias)
     if not delta_softplus:
         # a step size of zero needs a bias of zero, and the sum of delta and bias must not be rounded
         dtype, delta, delta_bias = torch.float32, delta if delta_bias is None else delta + delta_bias, None
-    u, B, C = (_zero_outside(t, within).to(dtype) for t in (u, B, C))
+    u, B, C = (zero_outside(t, within).to(dtype) for t in (u, B, C))
     delta = (delta if within is None else torch.where(within, delta, _no_step(delta_softplus))).to(dtype)
-    gates = [] if z is None else [_zero_outside(z, within).to(dtype)]
+    gates = [] if z is None else [zero_outside(z, within).to(dtype)]
     u, delta, B, C, *gates = (t.transpose(1, 2).contiguous() for t in (u, delta, B, C, *gates))
     y, final_state, _, _ = _scan(u, delta, A, B, C, D, gates[0] if gates else None, delta_bias, delta_softplus)
     y = y.transpose(1, 2)
@@ -262,8 +254,8 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]:
     """See `cobra.ops.causal_conv1d`."""
     _refuse_impossible("causal_conv1d", weight=weight, resets=resets)
-    length, width, within = x.shape[1], weight.shape[1], _within(lengths, x)
-    x = _zero_outside(x, within)
+    length, width, within = x.shape[1], weight.shape[1], steps_within(lengths, x)
+    x = zero_outside(x, within)
     ends = None if lengths is None else lengths.clamp(0, length).to(torch.int64)
     final_state = last_inputs(x, width, ends, None, initial_state)
     if initial_state is not None:
@@ -273,4 +265,4 @@ def causal_conv1d(
     weight = F.pad(weight.float(), (max(0, 2 - width), 0)).contiguous()  # they want two taps at least
     # causal-conv1d 1.5 has no gradients without a bias
     y = _conv(x, weight, weight.new_zeros(len(weight)) if bias is None else _as_float(bias))[:, -length:]
-    return _zero_outside(y, within), final_state
+    return zero_outside(y, within), final_state

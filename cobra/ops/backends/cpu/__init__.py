@@ -1,15 +1,14 @@
 """A fast CPU backend: explicit SIMD kernels compiled by Numba at first use and kept on disk after that."""
 
-from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 
 NAME = "cpu"
 PRIORITY = 10
+SMALL_STEP = 100_000  # numbers of the state of a single step; measured
 
 # One step of the convolution is left to the reference: measured faster there for batches of 1 to 200.
 _MODULES = {
@@ -23,8 +22,14 @@ _MODULES = {
 
 
 def available() -> str | None:
-    """None if Numba is installed."""
-    return None if find_spec("numba") else "numba is not installed; pip install numba"
+    """None if Numba is installed and can be imported; asked only when a choice is due."""
+    if find_spec("numba") is None:
+        return "numba is not installed; pip install numba"
+    try:
+        import_module("numba")
+    except Exception as error:  # for example made for another version of NumPy; whatever it is, others can do without
+        return f"numba cannot be imported ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    return None
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -32,20 +37,16 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if device.type == "cpu" else "it takes CPU tensors only"
 
 
+def declines(function: str, **arguments: Any) -> str | None:
+    """Single steps that are over before a kernel of ours has begun."""
+    if function == "selective_state_update" and arguments["u"].numel() * arguments["A"].shape[1] < SMALL_STEP:
+        return "so small a step is faster in plain PyTorch"
+    return None
+
+
 def __getattr__(name: str) -> Any:
     """Import Numba and the kernels when a function is first asked for."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _drop_stale_kernels()
     function = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
     return function
-
-
-def _drop_stale_kernels() -> None:
-    """Delete compiled kernels older than any file here: Numba's cache watches the kernels' own files only."""
-    folder = Path(__file__).parent
-    changed = max(file.stat().st_mtime for file in folder.glob("*.py"))
-    for index in (folder / "__pycache__").glob("*.nbi"):
-        with suppress(OSError):  # another process was faster, or the folder is not ours
-            if index.stat().st_mtime < changed:
-                index.unlink()

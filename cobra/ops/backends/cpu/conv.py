@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._operators import conv_function
 from .._shared import rows
+from .compiled import kernel
 from .layout import flat, flat_lengths, flat_steps, strided, sum_partial
 from .threads import run
 from .vector import LANES, load, load_some, sigmoid, store, store_some, work_array, zeros
@@ -37,7 +38,7 @@ def _filter(weight, width, dim, channel, count, out):
         store(out, k * LANES, load_some(weight, k * dim + channel, count))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def _forward(
     start, stop, length, dim, width, lengths, firsts, x, x_row, x_step, weight, bias, initial,
     y,
@@ -64,7 +65,7 @@ def _forward(
                 store_some(y, (row * length + t) * dim + channel, count, zeros(x))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def _backward(
     start, stop, length, dim, width, lengths, firsts, x, x_row, x_step, weight, bias, initial,
     dy, dy_row, dy_step, dx, dweight, dbias, dinitial,

@@ -7,6 +7,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from .compiled import kernel
 from .team import finish, new_counters, run_together, take, team_size, wait
 from .vector import LANES, load_wide, load_wide_last, pointer, prefetch, total, zeros_wide
 
@@ -102,7 +103,7 @@ def products(weight, first, last, x, x_at, batch, count, out, out_at, out_step):
             out[target + b * out_step] = dot(weight, row * count, x, x_at + b * count, count)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def _linear(thread, counters, address, like, rows, count, x_address, batch, out_address, single):
     weight, x, out = pointer(address, like), pointer(x_address, single), pointer(out_address, single)
     size = max(1, _PIECE // count)

@@ -5,9 +5,8 @@ One work item is a group of `GROUP` rows: the weight's gradient is summed per gr
 # Numba's intrinsics take one argument less than their definitions show.
 # pyright: reportCallIssue=false
 
-from numba import njit
-
 from .._operators import norm_function
+from .compiled import kernel
 from .layout import flat, sum_partial
 from .threads import run
 from .vector import LANES, load_some, store_some, total, zeros
@@ -15,7 +14,7 @@ from .vector import LANES, load_some, store_some, total, zeros
 GROUP = 32
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def _forward(start, stop, num_rows, dim, eps, x, residual, weight, normed, sums, scales):
     for row in range(start * GROUP, min(stop * GROUP, num_rows)):
         squares = zeros(x)
@@ -34,7 +33,7 @@ def _forward(start, stop, num_rows, dim, eps, x, residual, weight, normed, sums,
             store_some(normed, row * dim + channel, count, value)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def _backward(start, stop, num_rows, dim, sums, weight, scales, dnormed, dsums, dx, dweight):
     for group in range(start, stop):
         for channel in range(0, dim, LANES):

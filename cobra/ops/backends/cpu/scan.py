@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._operators import scan_functions
 from .._shared import rows
+from .compiled import kernel
 from .layout import flat, flat_lengths, flat_mask, strided, sum_partial
 from .threads import run
 from .vector import (
@@ -46,7 +47,7 @@ def _step_size(raw, bias, use_softplus):
     return softplus(shifted) if use_softplus else shifted
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def _forward(
     start, stop, batch, length, dim, state, lengths, resets, use_softplus,
     u, u_row, u_step, delta, delta_row, delta_step, z, z_row, z_step,
@@ -107,7 +108,7 @@ def _forward(
             store_some(final, (row * state + n) * dim + channel, width, load(h_all, n * LANES))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def _backward(
     start, stop, batch, length, dim, state, lengths, resets, use_softplus,
     u, u_row, u_step, delta, delta_row, delta_step, z, z_row, z_step,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cobra.ops.fused import BlockWeights
 
+from .compiled import kernel
 from .matvec import ELEMENTS, MAX_ROWS, dot, is_plain, products
 from .team import finish, new_counters, run_together, take, team_size, wait
 from .vector import (
@@ -121,7 +122,7 @@ def _recur(
         store_some(y, b * inner + first, count, y_vector * (gate * sigmoid(gate)))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def _stack(
     thread, counters, table, work, weights_like, small_like, float_like,
     num_layers, batch, width, inner, state, rank, taps, eps, residual_address, conv_address, ssm_address,
@@ -267,7 +268,8 @@ def stack_step(
         [
             [*(t.data_ptr() for t in layer), conv.data_ptr(), *conv.stride()[:2], ssm.data_ptr(), *ssm.stride()]
             for layer, conv, ssm in zip(layers, conv_states, ssm_states, strict=True)
-        ]
+        ],
+        np.int64,
     )
     threads = team_size(3 * num_layers * width * inner)
     sizes = [(num_layers + 1) * batch * width, *[batch * inner] * 3, batch * (rank + 2 * state)]
