@@ -73,7 +73,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
 @pytest.fixture(autouse=True)
 def _own_folders_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the user's own folders and backend."""
-    for name in ("COBRA_DATA", "COBRA_RUNS", "COBRA_RESULTS", "COBRA_OPS_BACKEND"):
+    for name in ("COBRA_DATA", "COBRA_RUNS", "COBRA_RESULTS", "COBRA_OPS_BACKEND", "COBRA_WEIGHTS"):
         monkeypatch.delenv(name, raising=False)
 
 

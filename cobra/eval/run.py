@@ -15,6 +15,8 @@ from cobra.eval import engine, gallery, report
 from cobra.eval.benchmark import Benchmark, Scores
 from cobra.eval.store import AnswerStore
 from cobra.hub import resolve_model_folder
+from cobra.loading import find_model
+from cobra.models.public import CHECKPOINT, is_public_run
 from cobra.ops import use_backend
 
 log = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ def evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
 
 
 def _evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
-    model_folder = resolve_model_folder(config.load)
+    weights, model_config = _model_files(config.load)
     every_question = benchmark.questions()
     questions = engine.select(every_question, config.limit)
     missing = [q.image for q in questions if not q.image.is_file()]
@@ -42,8 +44,8 @@ def _evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
     store = AnswerStore(
         folder,
         {
-            "model": _digest((model_folder / "model.safetensors").read_bytes()),
-            "model config": _digest((model_folder / "config.json").read_bytes()),
+            "model": _digest_of(weights),
+            "model config": _digest_of(model_config),
             "questions": _digest(repr([(q.id, q.text, q.truth) for q in every_question]).encode()),
             "dtype": config.dtype,
             "max_new_tokens": benchmark.max_new_tokens,
@@ -79,6 +81,24 @@ def _display_name(config: EvaluateConfig) -> str:
     """The run's name for a run folder, else the folder's own name."""
     folder, runs = Path(config.load).expanduser().resolve(), Path(config.paths.runs).resolve()
     return folder.relative_to(runs).as_posix() if folder.is_relative_to(runs) else folder.name
+
+
+def _model_files(name: str) -> tuple[Path, Path]:
+    """The weights and the config that `cobra.load` reads for a name."""
+    folder = find_model(name)
+    if is_public_run(folder):
+        return folder / CHECKPOINT, folder / "config.json"
+    folder = resolve_model_folder(folder)
+    return folder / "model.safetensors", folder / "config.json"
+
+
+def _digest_of(file: Path) -> str:
+    """Read in pieces: a model may be larger than memory."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(2**24):
+            digest.update(piece)
+    return digest.hexdigest()[:16]
 
 
 def _digest(content: bytes) -> str:

@@ -70,7 +70,12 @@ LLMS = {
     "mamba-7b-rw": _mamba("TRI-ML/mamba-7b-rw", 4096, 64, vocab_size=50432),
 }
 
-PROJECTORS = {"linear": "linear", "gelu-mlp": "gelu-mlp", "fused-gelu-mlp": "fused-gelu-mlp", "fused-ldpnet": "ldpv2"}
+PROJECTORS = {
+    "linear": "linear",
+    "gelu-mlp": "gelu-mlp",
+    "fused-gelu-mlp": "fused-gelu-mlp",
+    "fused-ldpnet": "fused-ldpv2",
+}
 
 
 def is_public_run(folder: Path) -> bool:

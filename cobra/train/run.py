@@ -130,9 +130,10 @@ def _initial_model(config: PretrainConfig, tokenizer: Tokenizer) -> CobraVLM:
         raise ConfigError(
             f"model.llm.vocab_size={config.model.llm.vocab_size} is less than the tokenizer's {len(tokenizer)} entries."
         )
+    start = None if config.init_from is None else resolve_model_folder(config.init_from)  # before weights are read
     model = build_model(config.model, config.run.seed)
-    if config.init_from is not None:
-        load_part(model, resolve_model_folder(config.init_from) / "model.safetensors")
+    if start is not None:
+        load_part(model, start / "model.safetensors")
     set_trainable(model, config.train.stage)
     return model
 

@@ -213,7 +213,7 @@ class _Window:
 
 def _num_tokens(batch: Batch, model: CobraVLM) -> int:
     num_images = 0 if batch.pixels is None else len(batch.pixels[0])
-    return int(batch.lengths.sum()) + num_images * model.vision.num_patches
+    return int(batch.lengths.sum()) + num_images * model.projector.num_tokens(model.vision.num_patches)
 
 
 def _line(metrics: dict[str, float]) -> str:
