@@ -10,7 +10,12 @@ from cobra.config import LLMConfig, as_config, one_of
 from cobra.errors import CheckpointError
 from cobra.hub import resolve_weights
 from cobra.loading import find_model, is_mamba, read_model
-from cobra.models.export import write_hugging_face_mamba, write_original_mamba, write_public_run
+from cobra.models.export import (
+    check_replaceable,
+    write_hugging_face_mamba,
+    write_original_mamba,
+    write_public_run,
+)
 from cobra.models.mamba import MambaLM
 from cobra.models.pretrained import mamba_sizes, mamba_weights
 from cobra.models.readers import read_json, read_weights
@@ -51,6 +56,7 @@ def convert(
     one_of("to", to, LAYOUTS)
     if target.exists() and not overwrite:
         raise CheckpointError(f"{target} exists; choose another target, or ask for it to be overwritten.")
+    check_replaceable(target, Path(source))
     model, tokenizer_file = _read(source, vision, llm)
     if to == "cobra" and isinstance(model, CobraVLM) and tokenizer_file is not None:
         save_model_folder(model, tokenizer_file, target)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from cobra.convert import convert
 from cobra.errors import CheckpointError, ConfigError
 from cobra.models.mamba import MambaLM
 from cobra.models.pretrained import load_llm, mamba_sizes
+from cobra.models.public import public_ids
 from cobra.models.vlm import CobraVLM
 from cobra.models.weights import save_model_folder
 from cobra.text.tokenizer import Tokenizer
@@ -124,19 +127,20 @@ def test_existing_targets_stay(folder: Path, theirs: Any, tmp_path: Path) -> Non
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     with pytest.raises(CheckpointError, match="mine exists"):
         convert(str(folder), tmp_path / "mine", "public")
-    with pytest.raises(CheckpointError, match="not a model folder"):
+    with pytest.raises(CheckpointError, match="more than a model"):
         cobra.load(folder, device="cpu").save_pretrained(tmp_path / "mine")
     theirs.save_pretrained(tmp_path / "llm")
     with pytest.raises(CheckpointError, match="language model alone"):
-        convert(str(tmp_path / "llm"), tmp_path / "mine", "public", overwrite=True)
+        convert(str(tmp_path / "llm"), folder, "public", overwrite=True)
+    assert (folder / "model.safetensors").is_file()
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llm", "mine", "ours"]
     with pytest.raises(CheckpointError, match="language model alone"):
         cobra.load(tmp_path / "llm")
     with pytest.raises(ConfigError, match="Did you mean 'public'"):
         convert(str(folder), tmp_path / "new", "publik")
-    convert(str(folder), tmp_path / "mine", "public", overwrite=True)
-    assert not (tmp_path / "mine" / "notes.txt").exists()
+    convert(str(folder), tmp_path / "llm", "public", overwrite=True)
+    assert (tmp_path / "llm" / "checkpoints").is_dir() and not (tmp_path / "llm" / "generation_config.json").exists()
 
 
 def test_script(folder: Path, script: Callable[..., Any], tmp_path: Path) -> None:
@@ -149,3 +153,53 @@ def test_script(folder: Path, script: Callable[..., Any], tmp_path: Path) -> Non
     failed = script("convert", "absent", "other", "--to", "cobra")
     assert failed.returncode == 1 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
     assert "layouts" in script("convert", "--help").stdout
+
+
+def test_overwriting_takes_nothing_but_a_model(folder: Path, tmp_path: Path) -> None:
+    """Neither a folder around the source, nor notes beside a model, nor a folder that could be a temporary one."""
+    around = tmp_path / "around"
+    shutil.copytree(folder, around / "model")
+    (around / "precious").mkdir()
+    with pytest.raises(CheckpointError, match="holds the source"):
+        convert(str(around / "model"), around, "cobra", overwrite=True)
+    with pytest.raises(CheckpointError, match=r"holds more than a model \(model, precious\)"):
+        convert(str(folder), around, "cobra", overwrite=True)
+    target = tmp_path / "target"
+    (tmp_path / "target.tmp").mkdir()
+    (tmp_path / "target.tmp" / "mine").write_text("mine")
+    convert(str(folder), target, "cobra")
+    convert(str(folder), target, "cobra", overwrite=True)
+    assert (tmp_path / "target.tmp" / "mine").read_text() == "mine"
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"more than a model \(notes.txt\)"):
+        cobra.load(folder, device="cpu").save_pretrained(target)
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        convert(str(folder), link, "cobra", overwrite=True)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("vocab_size", [101, 104])
+def test_any_vocabulary_of_transformers_is_read(vocab_size: int, tmp_path: Path) -> None:
+    """There the vocabulary is what the embedding has rows, whatever the padding multiple says."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(vocab_size=vocab_size, hidden_size=32, num_hidden_layers=1, state_size=8)
+    theirs = transformers.MambaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(tmp_path), their_logits(theirs), rtol=0, atol=1e-4)
+
+
+def test_another_activation_is_refused(theirs: Any, tmp_path: Path) -> None:
+    theirs.config.hidden_act = "gelu"
+    theirs.save_pretrained(tmp_path / "llm")
+    with pytest.raises(CheckpointError, match="hidden_act='gelu'"):
+        convert(str(tmp_path / "llm"), tmp_path / "out", "mamba")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_public_layout_cannot_name_is_refused(small_model: CobraVLM) -> None:
+    for change in ({"kind": "ldpv2"}, {"kind": "fused-ldpv2", "grid": 2}):
+        projector = replace(small_model.config.projector, **change)
+        with pytest.raises(CheckpointError, match=r"model\.projector\.kind=.* to=cobra"):
+            public_ids(replace(small_model.config, projector=projector))

@@ -20,13 +20,28 @@ from cobra.models.public import CHECKPOINT, public_ids
 from cobra.models.vlm import CobraVLM
 from cobra.models.weights import TIED, untied_state
 
+# What stands in a folder of any layout that is written here; a folder that holds nothing else may be replaced.
+_OWN_FILES = {
+    "generation_config.json",  # transformers' own
+    "model.safetensors", "pytorch_model.bin", "config.json", "tokenizer.json", "README.md", "checkpoints", "vision",
+    "vision.yaml", "llm.yaml",
+}  # fmt: skip
 
-def check_replaceable(folder: Path) -> None:
-    """Raise CheckpointError unless `folder` is absent, empty, or a model folder, which may be replaced."""
-    if folder.is_dir() and (not any(folder.iterdir()) or (folder / "model.safetensors").is_file()):
+
+def check_replaceable(folder: Path, source: Path | None = None) -> None:
+    """Raise CheckpointError unless `folder` is absent, or holds a model and nothing else, `source` least of all."""
+    if not folder.exists() and not folder.is_symlink():
         return
-    if folder.exists():
-        raise CheckpointError(f"{folder} exists and is not a model folder; choose another place, or remove it.")
+    if folder.is_symlink() or not folder.is_dir():
+        raise CheckpointError(f"{folder} exists and is not a folder; choose another place, or remove it.")
+    if source is not None and source.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{folder} holds the source {source}; choose another place.")
+    others = sorted({path.name for path in folder.iterdir()} - _OWN_FILES)
+    if others:
+        named = ", ".join(others[:5]) + (" ..." if len(others) > 5 else "")
+        raise CheckpointError(
+            f"{folder} exists and holds more than a model ({named}); choose another place, or remove it."
+        )
 
 
 def write_public_run(model: CobraVLM, tokenizer_file: Path, folder: Path) -> None:

@@ -6,8 +6,12 @@ DINOv2 + SigLIP at the same size resize each image once.
 
 from __future__ import annotations
 
+import importlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,8 +21,15 @@ from torch import Tensor
 
 from cobra.config import RESIZE_STRATEGIES, one_of
 from cobra.errors import DataError
-from cobra.ops.resample import INTERPOLATIONS, make_axis, resample
 
+log = logging.getLogger(__name__)
+
+_PILLOW = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+}
 _WHITE = (255, 255, 255)
 _ORIENTATION = 0x0112  # tag of EXIF
 _TURNS = {  # EXIF orientation, TIFF 6.0: what brings the stored picture upright
@@ -58,7 +69,7 @@ class ImageTransform:
         self.strategy = strategy
         wanted: list[View] = []
         for size, data in towers:
-            one_of("model.vision: interpolation of timm's encoder", data["interpolation"], INTERPOLATIONS)
+            one_of("model.vision: interpolation of timm's encoder", data["interpolation"], tuple(_PILLOW))
             fill = _fill(data["mean"]) if strategy == "letterbox" else (0, 0, 0)
             wanted.append(View(size=size, interpolation=data["interpolation"], fill=fill))
         self.views = list(dict.fromkeys(wanted))
@@ -78,12 +89,37 @@ class ImageTransform:
         # Bars of equal width, as in the public code: an odd rest leaves one pixel, which the crop below takes.
         bars = [(longer - side) // 2 if self.strategy == "letterbox" else 0 for side in image.size]
         canvas = [side + 2 * bar for side, bar in zip(image.size, bars, strict=True)]
-        axes = []
-        for side, bar, whole in zip(image.size, bars, canvas, strict=True):
-            full = view.size if self.strategy == "resize-naive" else view.size * whole // min(canvas)
-            start = round((full - view.size) / 2)
-            axes.append(make_axis(view.interpolation, side, bar, full, start, view.size))
-        return resample(image, axes[0], axes[1], view.fill)
+        naive = self.strategy == "resize-naive"
+        full = [view.size if naive else view.size * whole // min(canvas) for whole in canvas]
+        start = [round((side - view.size) / 2) for side in full]
+        kernels = _kernels()
+        if kernels is None:
+            return _resize_with_pillow(image, view, bars, full, start)
+        plans = zip(image.size, bars, full, start, strict=True)
+        across, down = (kernels.make_axis(view.interpolation, *plan, view.size) for plan in plans)
+        return kernels.resample(image, across, down, view.fill)
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    """The fast kernels; None where Numba cannot be imported. Pillow then gives the same pixels, slowly."""
+    try:
+        return importlib.import_module("cobra.ops.resample")
+    except Exception as error:  # a Numba that does not fit this Python or NumPy raises anything
+        log.warning("Images are resized by Pillow, several times slower: %s.", error)
+        return None
+
+
+def _resize_with_pillow(
+    image: Image.Image, view: View, bars: list[int], full: list[int], start: list[int]
+) -> np.ndarray:
+    if any(bars):
+        canvas = Image.new("RGB", (image.width + 2 * bars[0], image.height + 2 * bars[1]), view.fill)
+        canvas.paste(image, (bars[0], bars[1]))
+        image = canvas
+    image = image.resize((full[0], full[1]), _PILLOW[view.interpolation])
+    box = (start[0], start[1], start[0] + view.size, start[1] + view.size)
+    return np.array(image.crop(box)).transpose(2, 0, 1)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

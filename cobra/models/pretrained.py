@@ -130,7 +130,8 @@ def mamba_sizes(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     for key in ("norm_epsilon", "layer_norm_epsilon"):
         if key in config:
             sizes["norm_eps"] = float(config[key])
-    sizes["pad_vocab_multiple"] = config.get("pad_vocab_size_multiple", 8)
+    # In the Hugging Face layout the vocabulary is what the embedding has rows, padding included.
+    sizes["pad_vocab_multiple"] = config.get("pad_vocab_size_multiple", 8) if is_original else 1
     refused = [
         f"{key}={value!r}"
         for key, value, allowed in (
@@ -138,6 +139,7 @@ def mamba_sizes(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
             ("ssm_cfg.layer", inner.get("layer", "Mamba1"), ("Mamba1",)),
             ("use_bias", config.get("use_bias", False), (False,)),
             ("use_conv_bias", config.get("use_conv_bias", True), (True,)),
+            ("hidden_act", config.get("hidden_act", "silu"), ("silu", "swish")),
             ("model_type", config.get("model_type", "mamba"), ("mamba",)),
             ("attn_layer_idx", config.get("attn_layer_idx", []), ([], None)),
             ("d_intermediate", config.get("d_intermediate", 0), (0,)),

@@ -169,6 +169,11 @@ def public_ids(config: ModelConfig) -> dict[str, Any]:
     Whether a part is the one that an id stands for is told by its sizes.
     """
     kinds = {ours: theirs for theirs, ours in PROJECTORS.items()}
+    if config.projector.kind not in kinds or config.projector.grid is not None:
+        raise CheckpointError(
+            f"The public layout has no name for model.projector.kind={config.projector.kind} with "
+            f"grid={config.projector.grid}; it knows {', '.join(kinds)}, with grid null. Use to=cobra."
+        )
 
     def outline(vision: VisionConfig) -> list[object]:
         return [(tower.timm.split(".")[0], tower.image_size, tower.args) for tower in vision.towers]

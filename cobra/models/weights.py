@@ -10,7 +10,9 @@ each at once on its device and in its dtype: the host holds no more than the mod
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -159,12 +161,20 @@ def untied_state(module: nn.Module) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in module.state_dict().items() if not key.endswith(TIED)}
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Give an empty folder beside `folder` to write into; it takes that name when all went well, else it vanishes."""
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # its own name, as a folder of the user's or of another process may have any that could be guessed
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are for their owner alone
     try:
         yield temporary
         for file in temporary.rglob("*"):

@@ -73,7 +73,6 @@ FILTERS: dict[str, tuple[float, Callable[[Floats], Floats]]] = {
     "bicubic": (2.0, _cubic),
     "lanczos": (3.0, _lanczos),
 }
-INTERPOLATIONS = ("nearest", *FILTERS)
 
 
 @lru_cache(maxsize=64)
@@ -81,7 +80,7 @@ def make_axis(interpolation: str, size: int, bar: int, full: int, start: int, wa
     """Plan one axis.
 
     Args:
-        interpolation: one of `INTERPOLATIONS`.
+        interpolation: "nearest" or a key of `FILTERS`.
         size: pixels of the input.
         bar: pixels of fill before the input and after it.
         full: pixels that input and bars together are resized to.

@@ -18,6 +18,7 @@ from torchvision.transforms.functional import pad
 
 from cobra.config import RESIZE_STRATEGIES
 from cobra.errors import ConfigError, DataError
+from cobra.models import image as image_module
 from cobra.models.image import ImageTransform, to_rgb
 
 PUBLIC = "dinosiglip-vit-so-384px"
@@ -241,3 +242,16 @@ def test_large_image_is_read_in_strips(size: tuple[int, int]) -> None:
     tracemalloc.stop()
     assert peak < 24e6  # one copy of all its pixels is 48 MB
     assert np.array_equal(pixels.permute(1, 2, 0), image.resize((64, 64), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize("strategy", ["resize-naive", "resize-crop", "letterbox"])
+@pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="Pillow 13 changed the order of its passes")
+def test_without_numba_the_pixels_are_the_same(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = ImageTransform([(48, {"interpolation": "bicubic", "mean": (0.48, 0.46, 0.41)})], strategy)
+    noise = np.random.default_rng(0).integers(0, 256, (61, 87, 3), dtype=np.uint8)
+    for size in ((87, 61), (61, 87), (20, 20)):
+        picture = Image.fromarray(noise).resize(size)
+        monkeypatch.setattr(image_module, "_kernels", lambda: None)
+        slow = transform(picture)
+        monkeypatch.undo()
+        assert torch.equal(slow[0], transform(picture)[0])
