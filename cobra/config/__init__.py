@@ -1,0 +1,65 @@
+"""Typed settings: dataclass schemas, and `as_config`, the one door through which every setting enters.
+
+Behind the door nobody sees a dict: unknown keys, wrong types, missing values and impossible combinations have all been
+refused by name. The YAML files in `configs/` hold the values; this package says what may stand in them.
+"""
+
+from cobra.config.checks import nearest, one_of
+from cobra.config.door import as_config, as_dict, flatten, read_yaml
+from cobra.config.journeys import (
+    EvaluateConfig,
+    PathsConfig,
+    PretrainConfig,
+    RunConfig,
+    TrackerConfig,
+    ValidationConfig,
+    WandbConfig,
+)
+from cobra.config.model import (
+    PROJECTOR_KINDS,
+    RESIZE_STRATEGIES,
+    LLMConfig,
+    ModelConfig,
+    ProjectorConfig,
+    TowerConfig,
+    VisionConfig,
+)
+from cobra.config.train import (
+    LORA_TARGETS,
+    STAGES,
+    DataConfig,
+    DataSetConfig,
+    LoraConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "LORA_TARGETS",
+    "PROJECTOR_KINDS",
+    "RESIZE_STRATEGIES",
+    "STAGES",
+    "DataConfig",
+    "DataSetConfig",
+    "EvaluateConfig",
+    "LLMConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "PathsConfig",
+    "PretrainConfig",
+    "ProjectorConfig",
+    "RunConfig",
+    "TowerConfig",
+    "TrackerConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "VisionConfig",
+    "WandbConfig",
+    "as_config",
+    "as_dict",
+    "flatten",
+    "nearest",
+    "one_of",
+    "read_yaml",
+]

@@ -1,0 +1,106 @@
+"""All settings of a script, one schema each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from cobra.config.checks import not_negative, one_of, positive
+from cobra.config.model import ModelConfig
+from cobra.config.train import DataConfig, ParallelConfig, TrainConfig
+from cobra.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases."""
+
+    project: str = "cobra"
+    entity: str | None = None
+    mode: str = "auto"
+
+    def __post_init__(self) -> None:
+        one_of("tracker.wandb.mode", self.mode, ("auto", "online", "offline"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    wandb: WandbConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathsConfig:
+    """Folders."""
+
+    data: str = "data"
+    runs: str = "runs"
+    results: str = "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Name and seed of a run."""
+
+    name: str
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if "\\" in self.name or {"", ".", "..", "model", "checkpoints"} & set(self.name.split("/")):
+            raise ConfigError(f"run.name={self.name!r} must be a folder name below paths.runs, such as 'tiny'.")
+        not_negative("run.seed", self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """A benchmark that is asked during training."""
+
+    every: int | None = None  # steps; null: never
+    limit: int | None = 256  # questions, always the same ones; null: all
+    batch_size: int = 64  # questions asked at once, per device
+    benchmark: dict[str, Any] = field(default_factory=dict[str, Any])  # a file of configs/benchmark
+
+    def __post_init__(self) -> None:
+        for key in ("every", "limit", "batch_size"):
+            if getattr(self, key) is not None:
+                positive(f"validation.{key}", getattr(self, key))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Everything that `scripts/pretrain.py` needs; saved resolved as config.yaml in the run folder."""
+
+    paths: PathsConfig
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    init_from: str | None = None
+    resume: str = "auto"  # "never" refuses an existing run | "anyway" goes on with other settings than it had
+
+    def __post_init__(self) -> None:
+        one_of("resume", self.resume, ("auto", "never", "anyway"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Everything that `scripts/evaluate.py` needs besides the benchmark."""
+
+    paths: PathsConfig
+    load: str  # what cobra.load takes; `model=...` on the command line
+    batch_size: int = 512
+    limit: int | None = None
+    device: str = "auto"
+    dtype: str = "float32"
+    ops: str = "auto"  # as parallel.ops
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        positive("batch_size", self.batch_size)
+        if self.limit is not None:
+            positive("limit", self.limit)
