@@ -1,8 +1,17 @@
-"""The errors Cobra raises on purpose. A message says what is wrong, the value, what is allowed, what to do."""
+"""The errors Cobra raises on purpose. A message says what is wrong, the value, what is allowed, what to do.
+
+A script ends with 0 when it is done, or with its error's exit code: 1, but 75 when a run has saved what it had and
+left early, so that the same command goes on, and 130 after Ctrl-C.
+"""
+
+STOPPED_EARLY = 75  # sysexits.h calls it EX_TEMPFAIL: try again
+CTRL_C = 130  # as shells say it: 128 + SIGINT
 
 
 class CobraError(Exception):
     """Base of every error that Cobra raises on purpose; scripts print its message as one line."""
+
+    exit_code = 1
 
 
 class ConfigError(CobraError):
@@ -26,7 +35,15 @@ class CheckpointError(CobraError):
 
 
 class Interrupted(CobraError):
-    """The run was asked to stop (Ctrl-C or SIGTERM) and has saved what it had."""
+    """The run was asked to stop (Ctrl-C, SIGTERM, SIGUSR1 or its time limit) and has saved what it had."""
+
+    def __init__(self, message: str, exit_code: int = STOPPED_EARLY):
+        super().__init__(message)
+        self.exit_code = exit_code  # 75: the same command goes on | 130: Ctrl-C
+
+
+class RankError(CobraError):
+    """Another process of the run has died or does not answer."""
 
 
 class BackendError(CobraError):
