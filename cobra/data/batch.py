@@ -21,10 +21,21 @@ class Example:
     Attributes:
         pixels: the image transform's views, uint8 [3, H, W] each; None for text.
         rows: token ids and labels of each row, of equal length; labels are `IGNORE_INDEX` outside of answers.
+        ids: of the rows in the annotation file; none for a pad, which is there only so that a rank has work.
     """
 
     pixels: list[Tensor] | None
     rows: list[tuple[list[int], list[int]]]
+    ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadExample:
+    """A row that was left out because its image is missing or does not decode."""
+
+    id: str
+    data_set: str
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +46,11 @@ class Batch:
         input_ids, labels: int64 [R, S], padded on the right.
         lengths: int64 [R], real tokens of each row.
         pixels: views, uint8 [I, 3, H, W] each; None for text.
-        image_index: int64 [R], the image of each row; None for text.
+        image_index: int64 [R], the image of each row; None for text, and where row r has image r.
         num_labels: labelled tokens that carry loss, counted on the host.
+        ids: of the rows in the annotation file, without the pads.
+        bad: the rows that were left out.
+        num_pads: images or text rows without a label, added only so that a rank has something to run.
     """
 
     input_ids: Tensor
@@ -45,6 +59,9 @@ class Batch:
     pixels: list[Tensor] | None
     image_index: Tensor | None
     num_labels: int
+    ids: tuple[str, ...] = ()
+    bad: tuple[BadExample, ...] = ()
+    num_pads: int = 0
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device."""
@@ -58,7 +75,7 @@ class Batch:
         )
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+def collate(examples: Sequence[Example], pad_id: int, bad: Sequence[BadExample] = ()) -> Batch:
     """Join examples of one modality: pad on the right, remember which image each row belongs to.
 
     Every position but the answers' is labelled `IGNORE_INDEX`. Image positions are not part of `labels` at all: the
@@ -79,7 +96,8 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         views = zip(*(example.pixels or [] for example in examples), strict=True)
         pixels = [torch.stack(view) for view in views]
         counts = torch.tensor([len(example.rows) for example in examples])
-        image_index = torch.repeat_interleave(torch.arange(len(examples)), counts)
+        if len(rows) > len(examples):
+            image_index = torch.repeat_interleave(torch.arange(len(examples)), counts)
     counted = labels if pixels is not None else labels[:, 1:]  # nothing stands before a text row's first token
     return Batch(
         input_ids=input_ids,
@@ -88,4 +106,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         pixels=pixels,
         image_index=image_index,
         num_labels=int((counted != IGNORE_INDEX).sum()),
+        ids=tuple(row_id for example in examples for row_id in example.ids),
+        bad=tuple(bad),
+        num_pads=sum(not example.ids for example in examples),
     )

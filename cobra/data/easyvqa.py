@@ -13,18 +13,33 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from cobra.errors import DataError
 
 
 def prepare(folder: Path) -> None:
     """Write the data set into `folder`, complete or not at all. Does nothing when it is there.
 
+    Any number of processes may call this at once: one works, the others wait.
+
     Raises:
         DataError: the package is not installed, or the folder holds something else (which stays as it is).
     """
     folder = folder.expanduser().resolve()
-    if (folder / "train.json").is_file() and (folder / "test.json").is_file():
+    if _is_there(folder):
         return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        if not _is_there(folder):
+            _prepare(folder)
+
+
+def _is_there(folder: Path) -> bool:
+    return (folder / "train.json").is_file() and (folder / "test.json").is_file()
+
+
+def _prepare(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(
             f"{folder} is not empty and holds no easy-VQA; choose another paths.data, or empty it yourself."
