@@ -45,6 +45,10 @@ class Interrupted(CobraError):
 class RankError(CobraError):
     """Another process of the run has died or does not answer."""
 
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code  # as the process that died had it
+
 
 class BackendError(CobraError):
     """A kernel backend was asked for by name but cannot run here."""

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -125,7 +125,7 @@ def joined(device: torch.device | str, timeout_minutes: float) -> Iterator[Ranks
             timeout=timeout,
         )
         host_group = distributed.new_group(backend="gloo", timeout=timeout)
-        yield Ranks(ranks.rank, ranks.world_size, ranks.local_rank, host_group)
+        yield replace(ranks, host_group=host_group)  # type: ignore[arg-type]  # every rank is a member of it
     except RuntimeError as error:
         if not _is_about_a_peer(error):
             raise
@@ -203,8 +203,8 @@ def _is_about_a_peer(error: RuntimeError) -> bool:
 def _what_happened(message: str, ranks: Ranks, timeout_minutes: float) -> str:
     if "timed out" in message.lower() or "timeout" in message.lower():
         return (
-            f"Rank {ranks.rank} of {ranks.world_size} has waited for another rank for {timeout_minutes:g} minutes. Look "
-            "at the other ranks' messages; if one of them needs longer, raise parallel.timeout_minutes."
+            f"Rank {ranks.rank} of {ranks.world_size} has waited for another rank for {timeout_minutes:g} minutes. "
+            "Look at the other ranks' messages; if one of them needs longer, raise parallel.timeout_minutes."
         )
     other = f"Rank {1 - ranks.rank}" if ranks.world_size == 2 else "Another rank"
     return f"{other} of {ranks.world_size} has died; its own message says why. Rank {ranks.rank} stops too."

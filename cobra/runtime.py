@@ -53,10 +53,14 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def setup_logging() -> None:
-    """Send the library's INFO messages to standard error, above any progress bar; for scripts, once."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_AboveProgressBar()])
-    logging.getLogger("cobra").setLevel(logging.INFO)
+def setup_logging(rank: int = 0) -> None:
+    """Send the library's messages to standard error, above any progress bar; for scripts, once.
+
+    INFO is shown for rank 0 only; the other ranks show warnings and errors, with their number.
+    """
+    text = "%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=text, handlers=[_AboveProgressBar()])
+    logging.getLogger("cobra").setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
 class _AboveProgressBar(logging.Handler):

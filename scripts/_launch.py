@@ -5,12 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import _submitit
 import hydra
+from _ranks import watch_parent
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -34,37 +40,109 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 def launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     """Run `main(composed config)` for the command line; every error of Cobra's or Hydra's ends in one clear line."""
-    from cobra.errors import CobraError, Interrupted
-    from cobra.runtime import setup_logging
-
-    setup_logging()
+    watch_parent()
+    _setup_logging()
     rerun = _take_option("--rerun") if config_name == "pretrain" else None
     for alias, name in _ALIASES.get(config_name, {}).items():
         sys.argv[1:] = [re.sub(f"^{alias}=", f"{name}=", argument) for argument in sys.argv[1:]]
-
-    swept: list[str] = []
-
-    def task(cfg: DictConfig) -> None:
-        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-            _name_sweep_job(cfg, swept)
-        try:
-            main(cfg)
-        except Interrupted as error:
-            _fail(error, code=130)
-        except CobraError as error:
-            _fail(_unaliased(str(error), config_name))
-        except OSError as error:  # a folder that cannot be written, a full disk
-            _fail(
-                f"{error.filename or 'The system'}: {error.strerror or error}. Check the folder, or choose another one."
-            )
-        except KeyboardInterrupt:
-            _fail("Interrupted.", code=130)
-
     if rerun is not None:
-        task(_load_rerun(rerun, sys.argv[1:]))
+        Task(config_name, main)(_load_rerun(rerun, sys.argv[1:]))
         return
-    swept += _check_command_line(config_name)
-    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
+    task = Task(config_name, main, swept=_check_command_line(config_name))
+    _submitit.let_jobs_import_scripts()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us as they are
+    with _errors_in_one_line(config_name):
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
+
+
+@dataclass
+class Task:
+    """What Hydra runs for each composed config: in this process, or pickled, as a job of the submitit launcher."""
+
+    config_name: str
+    main: Callable[[DictConfig], Any]
+    swept: list[str] = field(default_factory=list[str])  # keys that a --multirun sweeps over
+    is_job: bool = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"is_job": True}
+
+    def __call__(self, cfg: DictConfig) -> None:
+        """Run `main`; a job's error goes back to the process that submitted it, any other one ends the process."""
+        _setup_logging()
+        if self.is_job:
+            with _submitit.errors_in_log(), _stoppable(), _submitit.requeued_when_stopped():
+                self._run(cfg)
+        else:
+            with _errors_in_one_line(self.config_name), _stoppable():
+                self._run(cfg)
+
+    def _run(self, cfg: DictConfig) -> None:
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            _name_sweep_job(cfg, self.swept)
+        self.main(cfg)
+
+
+@contextmanager
+def _errors_in_one_line(config_name: str) -> Iterator[None]:
+    """End the process with one line and the error's exit code if something fails."""
+    from cobra.errors import CTRL_C, CobraError, Interrupted
+
+    try:
+        yield
+    except Interrupted as error:
+        if str(error):
+            logging.getLogger("cobra").info("%s", error)
+        _leave(error.exit_code)
+    except CobraError as error:
+        _fail(_unaliased(str(error), config_name), error.exit_code)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        _fail(f"{error.filename or 'The system'}: {error.strerror or error}. Check the folder, or choose another one.")
+    except KeyboardInterrupt:
+        _fail("Interrupted.", CTRL_C)
+    except Exception as error:
+        if _submitit.is_about_a_job(error):
+            _fail(_submitit.explain(error))
+        if not _is_one_of_several():
+            raise
+        traceback.print_exc()
+        _leave(1)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Until the training itself takes care of them, let SIGTERM and SIGUSR1 end the process as calmly as Ctrl-C."""
+    from cobra.errors import Interrupted
+
+    def stop(number: int, _frame: object) -> None:
+        raise Interrupted(f"Stopped by {signal.Signals(number).name} outside of training; nothing had to be saved.")
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _setup_logging() -> None:
+    from cobra.errors import ConfigError
+    from cobra.ranks import env_ranks
+    from cobra.runtime import setup_logging
+
+    try:
+        ranks = env_ranks()
+    except ConfigError as error:
+        setup_logging()
+        _fail(error)
+    setup_logging(ranks[0] if ranks else 0)
+
+
+def _is_one_of_several() -> bool:
+    from cobra.ranks import env_ranks
+
+    return env_ranks() is not None
 
 
 def _unaliased(message: str, config_name: str) -> str:
@@ -119,6 +197,11 @@ def _check_command_line(config_name: str) -> list[str]:
         chosen = {override.split("=", 1)[0] for override in arguments.overrides}
         sys.argv += [choice for choice in _SOME_CHOICE.get(config_name, []) if choice.split("=")[0] not in chosen]
         return []
+    if arguments.multirun and _is_one_of_several():
+        _fail(
+            "--multirun below torchrun or srun would start the whole sweep in every process. Start it plainly, which "
+            "uses all GPUs for each run, or with hydra/launcher=submitit_slurm (docs/clusters.md)."
+        )
     if arguments.hydra_help or arguments.config_path or arguments.config_name or arguments.config_dir:
         return []
     try:
@@ -186,4 +269,13 @@ def _explain_override(message: str, config_name: str) -> str:
 
 def _fail(message: object, code: int = 1) -> NoReturn:
     logging.getLogger("cobra").error("error: %s", message)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process. A rank ends at once: an orderly end could wait for the others, or for threads of theirs."""
+    if _is_one_of_several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)

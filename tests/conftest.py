@@ -138,6 +138,7 @@ class SmallData:
         return [
             f"data.annotations={self.annotations}",
             f"data.images={self.images}",
+            f"data.index={self.annotations.parent / 'index'}",
             "data.source=null",
             "data.rows_per_image=2",
         ]

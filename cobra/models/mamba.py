@@ -45,6 +45,17 @@ class RMSNormWeight(nn.Module):
         return ops.add_rms_norm(hidden, residual, self.weight, self.eps)
 
 
+class StepSize(nn.Linear):
+    """The projection to step sizes; its output lacks the bias, which the scan adds in float32, before the softplus.
+
+    A module that is called, and no product with its weight, so that hooks (adapters, sharding) take part.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., R] -> [..., E], without the bias."""
+        return F.linear(input, self.weight)
+
+
 class MambaMixer(nn.Module):
     """The selective state-space layer (paper, section 3.4 and figure 3)."""
 
@@ -56,7 +67,7 @@ class MambaMixer(nn.Module):
             config.d_inner, config.d_inner, config.d_conv, groups=config.d_inner, padding=config.d_conv - 1
         )
         self.x_proj = nn.Linear(config.d_inner, self.rank + 2 * config.d_state, bias=False)
-        self.dt_proj = nn.Linear(self.rank, config.d_inner)
+        self.dt_proj = StepSize(self.rank, config.d_inner)
         self.A_log = nn.Parameter(torch.empty(config.d_inner, config.d_state))
         self.D = nn.Parameter(torch.empty(config.d_inner))
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
@@ -106,7 +117,7 @@ class MambaMixer(nn.Module):
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the input-dependent step size (before bias and softplus) [..., E], B and C [..., N]."""
         low_rank, B, C = self.x_proj(x).split([self.rank, self.d_state, self.d_state], dim=-1)
-        return F.linear(low_rank, self.dt_proj.weight), B, C
+        return self.dt_proj(low_rank), B, C
 
     def _A(self) -> Tensor:
         return -torch.exp(self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float())
@@ -168,7 +179,8 @@ class MambaBlock(nn.Module):
             and _is_plain(self.mixer, MambaMixer)
             and _is_plain(norm, RMSNormWeight)
             and _is_plain(conv, nn.Conv1d)
-            and all(_is_plain(module, nn.Linear) for module in linear)
+            and all(_is_plain(inner[name], nn.Linear) for name in ("in_proj", "x_proj", "out_proj"))
+            and _is_plain(inner["dt_proj"], StepSize)
             and norm.eps == eps
         ):
             return None

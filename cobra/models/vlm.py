@@ -123,17 +123,26 @@ class CobraVLM(nn.Module):
             raise ShapeError(f"labels {list(labels.shape)} and input_ids {list(input_ids.shape)} differ in shape.")
         if pixels is None and image_index is not None:
             raise ShapeError("image_index names images, but there are none; pass pixels, or leave image_index out.")
+        embedded = self.llm.embed(input_ids)  # [R, S, D]
         prefix, state = None, None
-        if pixels is not None:
-            prefix, state = self.read_images([pixels] if isinstance(pixels, Tensor) else pixels)  # [I, P, D]
-            if image_index is not None:
-                state = state[image_index]  # R rows
-            if state.batch_size != input_ids.shape[0]:
+        if pixels is None:
+            text, state = self.llm(embedded, lengths=lengths)
+        else:
+            images = self.embed_images([pixels] if isinstance(pixels, Tensor) else pixels)  # [I, P, D]
+            num_rows = images.shape[0] if image_index is None else image_index.shape[0]
+            if num_rows != input_ids.shape[0]:
                 raise ShapeError(
-                    f"input_ids has {input_ids.shape[0]} rows but there are images for {state.batch_size}; "
+                    f"input_ids has {input_ids.shape[0]} rows but there are images for {num_rows}; "
                     "pass image_index to say which image each row belongs to."
                 )
-        text, state = self.llm(self.llm.embed(input_ids), state=state, lengths=lengths)  # [R, S, D]
+            if image_index is None:  # nothing is shared: image and text are one sequence, in one pass
+                num_patches = images.shape[1]
+                whole = None if lengths is None else lengths + num_patches
+                hidden, state = self.llm(torch.cat([images, embedded], dim=1), lengths=whole)
+                prefix, text = hidden[:, :num_patches], hidden[:, num_patches:]
+            else:
+                prefix, state = self.llm(images)
+                text, state = self.llm(embedded, state=state[image_index], lengths=lengths)
         loss_sum, num_labels = None, None
         if labels is not None:
             last = None if prefix is None else prefix[:, -1:]  # [I, 1, D], predicts the first text token

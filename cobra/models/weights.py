@@ -186,14 +186,23 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_model_folder(model: CobraVLM, tokenizer_file: Path, folder: Path) -> None:
+def save_model_folder(
+    model: CobraVLM, tokenizer_file: Path, folder: Path, *, tensors: Mapping[str, Tensor] | None = None
+) -> None:
     """Write a model folder, complete or not at all: into a temporary folder beside it, then renamed.
 
     The folder stands for itself: its config points to its own tokenizer and needs no other weights.
+
+    Args:
+        model: its config is written, and its tensors.
+        tokenizer_file: is copied.
+        folder: is replaced.
+        tensors: stand in for the model's own, such as those gathered from a sharded model.
     """
     with whole_folder(folder) as temporary:
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in untied_state(model).items()}
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        state = untied_state(model) if tensors is None else tensors
+        state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+        save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
         shutil.copyfile(tokenizer_file, temporary / "tokenizer.json")
         config = as_dict(self_contained(model.config))
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -8,57 +8,61 @@ from typing import Any
 
 from cobra.text.tokenizer import Tokenizer
 
-# The words that GPT-2's byte-level pre-tokeniser splits ASCII text into (github.com/openai/gpt-2, src/encoder.py).
-_WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
-_MAX_WORDS = 1_000_000  # remembered: some 100 MB
+_NO_CUT = re.compile(r"  |\s (?:\s|\Z)")  # a space inside a stretch of white space does not belong to the word after it
+_MAX_WORDS = 1_000_000  # remembered at most: some 150 MB
 
 
 class TokenCounter:
     """Counts what `Tokenizer.encode` would return.
 
-    A byte-level BPE encodes every word of a text on its own, and most words of a data set have been seen before.
-    So ASCII text is split here and each distinct word is encoded once; any other text, and the text of a tokenizer of
-    another kind, is encoded as it is.
+    A byte-level BPE first cuts a text into words, and a single space always begins one (GPT-2's pre-tokeniser,
+    github.com/openai/gpt-2, src/encoder.py). So a text may be cut at its spaces, and most of the pieces have been seen
+    before. The text of a tokenizer of another kind is encoded as it is.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._encode = tokenizer.encode
-        self._lengths: dict[str, int] = {}
+        self._first = _Lengths(tokenizer, "")
+        self._later = _Lengths(tokenizer, " ")
         file: dict[str, Any] = json.loads(tokenizer.file.read_text(encoding="utf-8"))
         added: list[dict[str, Any]] = file["added_tokens"]
-        self._is_plain = _splits_like_gpt2(file) and bool(added)
+        self._can_cut = _cuts_like_gpt2(file) and bool(added)
         longest_first = sorted((token["content"] for token in added), key=len, reverse=True)
-        self._added = re.compile("|".join(map(re.escape, longest_first)))
+        self._added = re.compile("|".join(map(re.escape, longest_first)))  # such as <|endoftext|>: one token each
 
     def count(self, text: str) -> int:
         """Return the number of tokens of `text`."""
-        if not self._is_plain or not text.isascii():
+        if not self._can_cut:
             return len(self._encode(text))
         parts = self._added.split(text)
-        total = len(parts) - 1
-        lengths = self._lengths
-        for part in parts:
-            words = _WORDS.findall(part)
-            try:
-                total += sum(map(lengths.__getitem__, words))
-            except KeyError:
-                total += sum(map(self._learn, words))
-        return total
+        return len(parts) - 1 + sum(map(self._count, parts))
 
-    def _learn(self, word: str) -> int:
-        length = self._lengths.get(word)
-        if length is None:
-            if len(self._lengths) >= _MAX_WORDS:
-                self._lengths.clear()
-            length = self._lengths[word] = len(self._encode(word))
+    def _count(self, part: str) -> int:
+        if _NO_CUT.search(part):
+            return len(self._encode(part))
+        first, *words = part.split(" ")
+        return self._first[first] + sum(map(self._later.__getitem__, words))
+
+
+class _Lengths(dict[str, int]):
+    """Tokens of the words that have been seen, each with `before` ahead of it."""
+
+    def __init__(self, tokenizer: Tokenizer, before: str) -> None:
+        super().__init__()
+        self._encode, self._before = tokenizer.encode, before
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= _MAX_WORDS:
+            self.clear()
+        length = self[word] = len(self._encode(self._before + word))
         return length
 
 
-def _splits_like_gpt2(file: dict[str, Any]) -> bool:
-    """Whether a `tokenizer.json` treats ASCII text as this module does; NFC changes none of it."""
+def _cuts_like_gpt2(file: dict[str, Any]) -> bool:
+    """Whether a `tokenizer.json` treats spaces as this module does."""
     words: dict[str, Any] = file.get("pre_tokenizer") or {}
     return (
-        file.get("normalizer") in (None, {"type": "NFC"})
+        file.get("normalizer") in (None, {"type": "NFC"})  # composes nothing across a space
         and file.get("truncation") is None
         and words.get("type") == "ByteLevel"
         and not words.get("add_prefix_space", True)

@@ -1,26 +1,39 @@
-"""Training state on disk: written to a temporary name and renamed, so that a kill at any moment leaves a good one.
+"""Training state on disk: sharded, written in the background, and complete or not there at all.
 
-checkpoints/step-000500/tensors.safetensors   model, optimizer moments, random states
+checkpoints/step-000500/*.distcp, .metadata   torch.distributed.checkpoint: parameters, optimizer moments, random states
 checkpoints/step-000500/state.json            step and counters
 checkpoints/latest                            the name of the newest complete checkpoint
+
+A checkpoint is written under a temporary name and renamed when every rank has done its part, so a kill at any moment
+leaves a good one behind. It can be read at any number of ranks.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import pickle
 import shutil
+import warnings
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata
 
 from cobra.errors import CheckpointError
-from cobra.models.weights import assign, read_safetensors, untied_state
+from cobra.models.weights import untied_state
+from cobra.ranks import Ranks
 from cobra.runtime import flush_to_disk, write_text
 
+log = logging.getLogger(__name__)
+
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
+TEMPORARY = ".tmp"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,27 +41,106 @@ class Progress:
     """Where a run is. The sampler's position is the step itself: batches are a function of (seed, step)."""
 
     step: int = 0  # steps done
-    tokens: int = 0  # text tokens and patches read
+    tokens: int = 0  # text and image tokens read
     seconds: float = 0.0  # of training, over all starts
+    skipped: int = 0  # steps without an update, as loss or gradient was not finite
+    bad_examples: int = 0  # rows left out
     data: str = ""  # digest of the rows that are trained on
 
 
-def save(folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int) -> None:
-    """Write a checkpoint, point `latest` to it, and remove all but the newest `keep`."""
-    target = folder / f"step-{progress.step:06d}"
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(_collect(model, optimizer), temporary / "tensors.safetensors")
-    (temporary / "state.json").write_text(json.dumps(vars(progress)) + "\n")
-    for file in (temporary / "tensors.safetensors", temporary / "state.json"):
-        flush_to_disk(file)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    write_text(folder / "latest", target.name + "\n")
-    complete = sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")
-    for old in complete[:-keep]:
-        shutil.rmtree(old)
+class Saver:
+    """Writes checkpoints of one run while training goes on. All ranks call the same methods in the same order."""
+
+    def __init__(self, folder: Path, ranks: Ranks, *, keep: int, keep_every: int | None) -> None:
+        """Take the folder of the checkpoints, how many of the newest stay, and steps whose multiples stay for good."""
+        self.folder, self.ranks, self.keep, self.keep_every = folder, ranks, keep, keep_every
+        self._running: tuple[Progress, Future[Any]] | None = None
+        if ranks.is_first:
+            for left_over in folder.glob(f"*{TEMPORARY}"):  # of a run that was killed while it wrote
+                shutil.rmtree(left_over, ignore_errors=True)
+
+    def save(self, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Copy the state to the host and start to write it; an earlier one is finished first."""
+        self.finish()
+        temporary = self._temporary(progress)
+        if self.ranks.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch's own parts about each other
+                future = dcp.async_save(
+                    _collect(model, optimizer, self.ranks.rank),
+                    storage_writer=dcp.FileSystemWriter(temporary),
+                    process_group=self.ranks.host_group,
+                    no_dist=self.ranks.world_size == 1,
+                )
+        except Exception as error:
+            future = Future()
+            future.set_exception(error)
+        assert isinstance(future, Future)
+        self._running = (progress, future)
+
+    def poll(self) -> None:
+        """Publish the checkpoint that is being written, if it is complete by now."""
+        if self._running is not None and self._running[1].done():
+            self.finish()
+
+    def finish(self) -> bool:
+        """Wait for the checkpoint that is being written and publish it; return whether none has failed.
+
+        A failure is no reason to stop training: it is logged, and the last good checkpoint stays where it is.
+        """
+        if self._running is None:
+            return True
+        progress, future = self._running
+        self._running = None
+        try:
+            future.result()
+            if self.ranks.is_first:
+                self._publish(progress)
+        except Exception as error:  # whatever went wrong on whichever rank, a full disk above all
+            if self.ranks.is_first:
+                shutil.rmtree(self._temporary(progress), ignore_errors=True)
+            log.error(
+                "The checkpoint of step %d could not be written (%s). Training goes on; the last good one is %s. Is the "
+                "disk of %s full?",
+                progress.step,
+                _reason(error),
+                latest(self.folder),
+                self.folder,
+            )
+            return False
+        return True
+
+    def _temporary(self, progress: Progress) -> Path:
+        return self.folder / f"step-{progress.step:06d}{TEMPORARY}"
+
+    def _publish(self, progress: Progress) -> None:
+        """Give a complete checkpoint its name, point `latest` to it, and remove what need not stay."""
+        temporary = self._temporary(progress)
+        target = temporary.with_suffix("")
+        (temporary / "state.json").write_text(json.dumps(vars(progress)) + "\n")
+        flush_to_disk(temporary / "state.json")
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        write_text(self.folder / "latest", target.name + "\n")
+        complete = sorted((path for path in self.folder.glob("step-*") if path.suffix != TEMPORARY), key=_step)
+        for old in complete[: -self.keep]:
+            if self.keep_every is None or _step(old) % self.keep_every:
+                shutil.rmtree(old)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _reason(error: BaseException) -> str:
+    """The first line that says something: torch wraps the errors of ranks in its own."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank, failure = next(iter(failures.items()))
+        return f"rank {rank}: {_reason(failure[0])}"
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def latest(folder: Path) -> Path | None:
@@ -57,8 +149,10 @@ def latest(folder: Path) -> Path | None:
     return folder / pointer.read_text().strip() if pointer.is_file() else None
 
 
-def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put a checkpoint back into the model, the optimizer and the random generators.
+def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Progress:
+    """Put a checkpoint back into the model, the optimizer and this rank's random generators.
+
+    At another number of ranks than it was written with, the ranks that are new keep the random state they have.
 
     Raises:
         CheckpointError: it is damaged or belongs to another model; nothing is silently skipped.
@@ -67,47 +161,111 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     remedy += "delete the run folder to start anew."
     try:
         progress = Progress(**json.loads((checkpoint / "state.json").read_text()))
-        tensors = read_safetensors(checkpoint / "tensors.safetensors")
-    except (OSError, json.JSONDecodeError, TypeError) as error:
-        raise CheckpointError(f"The checkpoint {checkpoint} is damaged: {error}. {remedy}") from None
-    except CheckpointError as error:
-        raise CheckpointError(f"{error} {remedy}") from None
-    assign(model, _below(tensors, "model."), str(checkpoint))
-    _restore_optimizer(model, optimizer, _below(tensors, "optimizer."), checkpoint)
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+        reader = SafeReader(checkpoint)
+        stored = set(reader.read_metadata().state_dict_metadata)
+        wanted = {f"model.{name}": tensor for name, tensor in untied_state(model).items()}
+        wanted |= _optimizer_state(model, optimizer, stored)
+        _check(stored, set(wanted), checkpoint)
+        random = {key: torch.empty_like(value) for key, value in _random_state(ranks.rank).items() if key in stored}
+        state = wanted | random
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(state, storage_reader=reader, no_dist=ranks.world_size == 1)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged file shows in many ways
+        raise CheckpointError(f"The checkpoint {checkpoint} is damaged: {_reason(error)}. {remedy}") from None
+    if f"rng.cpu.{ranks.rank}" in random:
+        torch.set_rng_state(random[f"rng.cpu.{ranks.rank}"])
+    if f"rng.cuda.{ranks.rank}" in random:
+        torch.cuda.set_rng_state(random[f"rng.cuda.{ranks.rank}"])
     return progress
 
 
-def _collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {f"model.{name}": tensor for name, tensor in untied_state(model).items()}
+def load_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Read a checkpoint's parameters whole, by name, on the CPU; the optimizer's state is not touched.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        reader = SafeReader(checkpoint)
+        found = reader.read_metadata().state_dict_metadata
+        state = {
+            key: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
+            for key, entry in found.items()
+            if key.startswith("model.")
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(state, storage_reader=reader, no_dist=True)
+    except Exception as error:
+        raise CheckpointError(f"The checkpoint {checkpoint} is damaged: {_reason(error)}.") from None
+    return {key.removeprefix("model."): tensor for key, tensor in state.items()}
+
+
+class SafeReader(dcp.FileSystemReader):
+    """Reads a checkpoint without executing what a pickle may hold: its index may name nothing but what torch writes."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Read the index."""
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata: Metadata = _MetadataUnpickler(file).load()
+        assert metadata.storage_meta is not None
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+    _NAMES = ("torch.Size", "torch.storage._load_from_bytes", "pathlib.PosixPath", "pathlib.WindowsPath")
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in self._MODULES or f"{module}.{name}" in self._NAMES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"its index asks for {module}.{name}, which no checkpoint of ours holds")
+
+
+def _collect(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in untied_state(model).items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
-    tensors["rng.cpu"] = torch.get_rng_state()
+    return tensors | _random_state(rank)
+
+
+def _random_state(rank: int) -> dict[str, Tensor]:
+    state = {f"rng.cpu.{rank}": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        state[f"rng.cuda.{rank}"] = torch.cuda.get_rng_state()
+    return state
 
 
-def _restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], checkpoint: Path
-) -> None:
+def _optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, stored: set[str]
+) -> dict[str, Tensor]:
+    """Make room in the optimizer for the state that the checkpoint has, and return it by name."""
+    wanted: dict[str, Tensor] = {}
     trained = {p for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
-        if parameter not in trained:
-            continue
-        keys = [key for key in ADAMW_STATE if f"{name}.{key}" in tensors]
-        if keys and len(keys) < len(ADAMW_STATE):
-            raise CheckpointError(f"{checkpoint} has only {keys} of the optimizer state of {name}.")
-        if keys:  # none: it has had no gradient yet, such as blocks behind the one that features are taken from
-            optimizer.state[parameter] = {key: tensors.pop(f"{name}.{key}").to(parameter.device) for key in keys}
-    if tensors:
+        # none: it has had no gradient yet, such as blocks behind the one that features are taken from
+        if parameter in trained and any(f"optimizer.{name}.{key}" in stored for key in ADAMW_STATE):
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)  # as fused AdamW keeps it
+            moments = {key: torch.zeros_like(parameter.detach()) for key in ADAMW_STATE[1:]}
+            optimizer.state[parameter] = {"step": step} | moments
+            wanted |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+    return wanted
+
+
+def _check(stored: set[str], wanted: set[str], checkpoint: Path) -> None:
+    stored = {key for key in stored if not key.startswith("rng.")}
+    problems = [
+        f"{what}: {', '.join(sorted(names)[:4])}{' ...' if len(names) > 4 else ''} ({len(names)})"
+        for what, names in (("missing", wanted - stored), ("unexpected", stored - wanted))
+        if names
+    ]
+    if problems:
         raise CheckpointError(
-            f"{checkpoint} has optimizer state that this stage does not train: {sorted(tensors)[:4]}."
+            f"{checkpoint} does not fit the model and what this stage trains: {'; '.join(problems)}. Was it written "
+            "with another config?"
         )
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

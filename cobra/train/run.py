@@ -3,188 +3,194 @@
 from __future__ import annotations
 
 import logging
-import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 
-from cobra.config import PretrainConfig, as_dict, flatten
-from cobra.data import easyvqa
-from cobra.data.conversations import ConversationDataset, Transform, digest, read_rows
+from cobra.config import PretrainConfig, as_config, as_dict
+from cobra.data.dataset import ConversationDataset, open_data
 from cobra.data.loader import iterate
-from cobra.data.sampler import UnitSampler
-from cobra.errors import CheckpointError, ConfigError, DataError
+from cobra.data.sampler import BatchPlan, check_world_size
+from cobra.errors import ConfigError, DataError
 from cobra.hub import resolve_file, resolve_model_folder
 from cobra.models.build import build_model, set_trainable
+from cobra.models.lora import attach_adapters, merged_state
 from cobra.models.vlm import CobraVLM
-from cobra.models.weights import load_part, save_model_folder
+from cobra.models.weights import load_part, parameters_on_meta, save_model_folder, self_contained
 from cobra.ops import use_backend
-from cobra.runtime import pick_device, write_text
+from cobra.ranks import Ranks, joined
+from cobra.runtime import pick_device
 from cobra.text.prompt import prompt_format
 from cobra.text.tokenizer import Tokenizer
-from cobra.train import checkpoint
+from cobra.train.checkpoint import Progress
+from cobra.train.folder import check_run_folder, locked, write_config
 from cobra.train.optim import build_optimizer
-from cobra.train.plots import plot_loss
-from cobra.train.trackers import build_trackers
-from cobra.train.trainer import Trainer
+from cobra.train.parallel import make_mesh, prepare, shard, unsharded, whole_state
+from cobra.train.plots import plot_run
+from cobra.train.stopping import StopRequest
+from cobra.train.trackers import build_trackers, drop_after
+from cobra.train.trainer import BAD_EXAMPLES_FILE, Trainer
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
-
-# Settings that may differ when a run is resumed. They change no weight; the data's rows are compared themselves.
-FREE_SETTINGS = (
-    "paths.",
-    "tracker.",
-    "resume",
-    "data.annotations",
-    "data.images",
-    "data.check",
-    "train.log_every",
-    "train.save_every",
-    "train.keep_checkpoints",
-    "train.num_workers",
-)
+# Asks a benchmark in the middle of training: the model with all its parameters whole on every rank -> metrics.
+Validator = Callable[[CobraVLM, Tokenizer, Ranks], dict[str, float]]
 
 
-def pretrain(config: PretrainConfig) -> Path:
+def pretrain(config: PretrainConfig, validator: Validator | None = None) -> Path:
     """Train as configured, from scratch or from where the run folder stopped; return the run folder.
 
-    Everything that can be checked is checked before the first step: the run folder, the weights, the data.
+    Every rank of a run calls this. Everything that can be checked is checked before the first step: the run folder, the
+    data, the weights.
+
+    Args:
+        config: all settings; rank 0's count.
+        validator: called every `validation.every` steps.
 
     Raises:
         CobraError: one of its children says what does not fit.
     """
-    with use_backend(config.parallel.ops):
-        return _pretrain(config)
-
-
-def _pretrain(config: PretrainConfig) -> Path:
-    run_folder = Path(config.paths.runs) / config.run.name
-    _check_run_folder(run_folder, config)
-    device = pick_device(config.parallel.device)
-    tokenizer = Tokenizer(resolve_file(config.model.llm.tokenizer, "model.llm.tokenizer"))
-    model = _initial_model(config, tokenizer)
-    dataset = _dataset(config, tokenizer, model.vision.transform)
-    sampler = UnitSampler(
-        [row.image for row in dataset.rows],
-        batch_size=config.train.global_batch_size,
-        rows_per_image=config.data.rows_per_image,
-        seed=config.run.seed,
-    )
-    num_steps = config.train.max_steps or math.ceil((config.train.epochs or 0) * sampler.batches_per_epoch)
-
-    model.to(device)
-    optimizer = build_optimizer(model.named_parameters(), config.train)
-    trainer = Trainer(config, model, optimizer, run_folder, num_steps, data_digest=digest(dataset.rows))
-    torch.manual_seed(config.run.seed)  # what layers draw (drop path); a checkpoint puts back its own state
-    trainer.resume()
-    if trainer.progress.step < num_steps:
-        _fit(trainer, dataset, sampler)
-        save_model_folder(model, tokenizer.file, run_folder / "model")
-    else:
-        log.info("Run %s has already finished its %d steps.", run_folder, num_steps)
-        if not (run_folder / "model").exists():  # killed between the last checkpoint and the export
-            save_model_folder(model, tokenizer.file, run_folder / "model")
-    log.info("Model: %s | loss curve: %s", run_folder / "model", run_folder / "loss.png")
+    stop = StopRequest(config.train.max_minutes)
+    with joined(config.parallel.device, config.parallel.timeout_minutes) as ranks, use_backend(config.parallel.ops):
+        config = as_config(PretrainConfig, ranks.agree(as_dict(config)))
+        run_folder = Path(config.paths.runs) / config.run.name
+        with locked(run_folder) if ranks.is_first else nullcontext():
+            if ranks.is_first:
+                check_run_folder(run_folder, config)
+            ranks.barrier()
+            _train(config, run_folder, ranks, stop, validator)
     return run_folder
 
 
-def _fit(trainer: Trainer, dataset: ConversationDataset, sampler: UnitSampler) -> None:
-    """Train from where the trainer stands; metrics and loss.png are written also when it is interrupted."""
-    config, run_folder, first_step = trainer.config, trainer.run_folder, trainer.progress.step
-    learnt = sum(parameter.numel() for parameter in trainer.parameters)
-    total = sum(parameter.numel() for parameter in trainer.model.parameters())
-    epochs = trainer.num_steps / sampler.batches_per_epoch
-    log.info("Run %s on %s: %s of %s parameters learn.", run_folder, trainer.model.device, f"{learnt:,}", f"{total:,}")
-    log.info(
-        "Data %s: %s rows; %d steps are %.2f epochs.",
-        config.data.name,
-        f"{len(dataset.rows):,}",
-        trainer.num_steps,
-        epochs,
-    )
-    write_text(run_folder / CONFIG_FILE, yaml.safe_dump(as_dict(config), sort_keys=False))
-    steps = iterate(
-        dataset,
-        sampler,
-        micro_batch_size=config.train.per_device_batch_size,
-        first_step=first_step,
-        num_steps=trainer.num_steps,
-        num_workers=config.train.num_workers,
-    )
-    trackers = build_trackers(config.tracker, run_folder, as_dict(config), first_step)
-    try:
-        trainer.fit(steps, trackers)
-    finally:
-        for tracker in trackers:
-            tracker.close()
-        plot_loss(run_folder)
-
-
-def _initial_model(config: PretrainConfig, tokenizer: Tokenizer) -> CobraVLM:
-    """Build the model as step 0 sees it, with the stage's parts set to learn."""
+def _train(
+    config: PretrainConfig, run_folder: Path, ranks: Ranks, stop: StopRequest, validator: Validator | None
+) -> None:
+    check_world_size(config.train, ranks.world_size)
+    device = _device(config)
+    tokenizer = Tokenizer(resolve_file(config.model.llm.tokenizer, "model.llm.tokenizer"))
     if len(tokenizer) > config.model.llm.padded_vocab_size:
         raise ConfigError(
             f"model.llm.vocab_size={config.model.llm.vocab_size} is less than the tokenizer's {len(tokenizer)} entries."
         )
+    mesh = make_mesh(config.parallel, ranks.world_size, device) if ranks.world_size > 1 else None
+    with parameters_on_meta():
+        model = CobraVLM(self_contained(config.model))
+    model.config = config.model
+    dataset = open_data(
+        config.data,
+        tokenizer,
+        prompt_format(config.model.llm.prompt),
+        model.vision.transform,
+        max_length=config.model.max_length,
+        captions_only=config.train.stage == "align",
+    )
+    if len(set(ranks.gather(dataset.digest))) > 1:
+        raise DataError("The ranks see different rows; give every node the same annotation files and images.")
+    plan = BatchPlan(
+        dataset.parts,
+        config.train,
+        rows_per_image=config.data.rows_per_image,
+        seed=config.run.seed,
+        image_tokens=model.projector.num_tokens(model.vision.num_patches),
+    )
+
+    if ranks.is_first:  # one copy on the host, whatever the number of ranks
+        model = _initial_model(config)
+    set_trainable(model, config.train.stage)
+    if config.train.lora is not None:
+        attach_adapters(model, config.train.lora, torch.Generator().manual_seed(config.run.seed))
+    prepare(model, config.parallel)
+    if mesh is None:
+        model.to(device)
+    else:
+        shard(model, config.parallel, mesh, device)
+    optimizer = build_optimizer(model.named_parameters(), config.train)
+    trainer = Trainer(config, model, optimizer, ranks, run_folder, Progress(data=dataset.digest), plan.num_steps)
+    torch.manual_seed(config.run.seed + ranks.rank)  # what layers draw; a checkpoint puts back its own state
+    trainer.resume()
+    if trainer.progress.step < plan.num_steps:
+        _fit(trainer, dataset, plan, tokenizer, stop, validator)
+        _export(trainer, tokenizer)
+    else:
+        log.info("Run %s has already finished its %d steps.", run_folder, plan.num_steps)
+        if ranks.agree(not (run_folder / "model").exists()):  # killed between the last checkpoint and the export
+            _export(trainer, tokenizer)
+    log.info("Model: %s | loss curve: %s", run_folder / "model", run_folder / "loss.png")
+
+
+def _device(config: PretrainConfig) -> torch.device:
+    device = pick_device(config.parallel.device)
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
+
+
+def _initial_model(config: PretrainConfig) -> CobraVLM:
+    """Build the model as step 0 sees it, on the CPU."""
     start = None if config.init_from is None else resolve_model_folder(config.init_from)  # before weights are read
     model = build_model(config.model, config.run.seed)
     if start is not None:
         load_part(model, start / "model.safetensors")
-    set_trainable(model, config.train.stage)
     return model
 
 
-def _dataset(config: PretrainConfig, tokenizer: Tokenizer, transform: Transform) -> ConversationDataset:
-    """Read the data, making it first where that can be done, and check it."""
-    annotations = Path(config.data.annotations)
-    if config.data.source == "easyvqa" and annotations.name == "train.json" and not annotations.exists():
-        easyvqa.prepare(annotations.parent)
-    dataset = ConversationDataset(
-        read_rows(annotations),
-        Path(config.data.images),
-        tokenizer,
-        prompt_format(config.model.llm.prompt),
-        transform,
-        max_length=config.model.max_length,
-        captions_only=config.train.stage == "align",
+def _fit(
+    trainer: Trainer,
+    dataset: ConversationDataset,
+    plan: BatchPlan,
+    tokenizer: Tokenizer,
+    stop: StopRequest,
+    validator: Validator | None,
+) -> None:
+    """Train from where the trainer stands; metrics and plots are written also when it is interrupted."""
+    config, ranks, model = trainer.config, trainer.ranks, trainer.model
+    run_folder, first_step = trainer.run_folder, trainer.progress.step
+    if ranks.is_first:
+        write_config(run_folder, config)
+        drop_after(run_folder / BAD_EXAMPLES_FILE, first_step)
+    learnt = sum(parameter.numel() for parameter in trainer.parameters)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    where = f"{ranks.world_size} x {model.device.type}" if ranks.world_size > 1 else str(model.device)
+    log.info("Run %s on %s: %s of %s parameters learn.", run_folder, where, f"{learnt:,}", f"{total:,}")
+    log.info(
+        "Data %s: %s rows; %d steps are %.2f epochs.",
+        config.data.name,
+        f"{dataset.num_rows:,}",
+        plan.num_steps,
+        plan.num_steps / plan.batches_per_epoch(0),
     )
-    text_row = next((row.id for row in dataset.rows if row.image is None), None)
-    if config.train.stage == "align" and text_row is not None:
-        raise DataError(
-            f"{annotations}: row {text_row!r} has no image, and train.stage=align learns from images alone; "
-            "leave out the rows without image, or choose another stage."
-        )
-    dataset.check_images(decode=config.data.check == "decode")
-    if config.data.check == "decode":
-        dataset.check_labels()
-    return dataset
+    steps = iterate(
+        dataset,
+        plan,
+        first_step=first_step,
+        num_steps=plan.num_steps,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        num_workers=config.train.num_workers,
+        on_bad_example=config.data.on_bad_example,
+    )
 
+    def validate() -> dict[str, float]:
+        assert validator is not None
+        with unsharded(model):
+            return validator(model, tokenizer, ranks)
 
-def _check_run_folder(run_folder: Path, config: PretrainConfig) -> None:
-    """Refuse a run folder in which another config has been trained."""
-    file, remedy = run_folder / CONFIG_FILE, "Choose another run.name, or delete the folder to start anew."
-    has_checkpoint = checkpoint.latest(run_folder / "checkpoints") is not None
-    if not has_checkpoint and not (run_folder / "model").exists():
-        return  # nothing was trained here yet
-    if config.resume == "never":
-        raise CheckpointError(f"{run_folder} holds a trained run and resume=never. {remedy}")
-    if not has_checkpoint:
-        raise CheckpointError(f"{run_folder} holds a finished model but no checkpoint to go on from. {remedy}")
-    if not file.exists():
-        raise CheckpointError(f"{run_folder} holds checkpoints but no {CONFIG_FILE} that says of what. {remedy}")
+    trackers = build_trackers(config.tracker, run_folder, as_dict(config), first_step) if ranks.is_first else []
     try:
-        found: dict[str, Any] = flatten(yaml.safe_load(file.read_text()))
-    except (yaml.YAMLError, AttributeError):
-        raise CheckpointError(f"{file} is not a config. {remedy}") from None
-    wanted = flatten(as_dict(config))
-    different = [
-        f"{key}: {found.get(key)} there, {wanted.get(key)} asked for"
-        for key in sorted(found.keys() | wanted.keys())
-        if found.get(key) != wanted.get(key) and not key.startswith(FREE_SETTINGS)
-    ]
-    if different:
-        raise CheckpointError(f"{run_folder} belongs to a run with other settings ({'; '.join(different)}). {remedy}")
+        trainer.fit(steps, trackers, stop=stop, validate=None if validator is None else validate)
+    finally:
+        for tracker in trackers:
+            tracker.close()
+        if ranks.is_first:
+            plot_run(run_folder)
+
+
+def _export(trainer: Trainer, tokenizer: Tokenizer) -> None:
+    """Write the model folder from what the ranks hold, adapters merged."""
+    ranks, lora = trainer.ranks, trainer.config.train.lora
+    state = whole_state(trainer.model, is_first=ranks.is_first)
+    if ranks.is_first:
+        if lora is not None:
+            state = merged_state(state, lora)
+        save_model_folder(trainer.model, tokenizer.file, trainer.run_folder / "model", tensors=state)
+    ranks.barrier()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ from cobra.runtime import write_text
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+
+_SECONDS_TO_REACH_WANDB = 30.0
 
 
 class Tracker(Protocol):
@@ -35,9 +38,7 @@ class JsonlTracker:
     def __init__(self, run_folder: Path, first_step: int) -> None:
         """Open the file; lines after `first_step` are dropped, for they will be written again."""
         self.path = run_folder / METRICS_FILE
-        if self.path.exists():
-            kept = [row for row in read_metrics(self.path) if row["step"] <= first_step]
-            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        drop_after(self.path, first_step)
         self._file = self.path.open("a", encoding="utf-8")
 
     def log(self, metrics: dict[str, Any]) -> None:
@@ -65,7 +66,8 @@ class WandbTracker:
                 log.info("W&B: not logged in, writing offline to %s/wandb (`wandb sync` uploads it).", run_folder)
         name = settings["run"]["name"]
         folder_hash = hashlib.sha256(str(run_folder.resolve()).encode()).hexdigest()[:8]  # two folders, two runs
-        self._run = wandb.init(
+        start = partial(
+            wandb.init,
             project=config.project,
             entity=config.entity,
             name=name,
@@ -73,12 +75,23 @@ class WandbTracker:
             resume="allow",
             dir=run_folder,
             config=settings,
-            mode=mode,  # type: ignore[arg-type]
+            settings=wandb.Settings(init_timeout=_SECONDS_TO_REACH_WANDB),
         )
+        try:
+            self._run = start(mode=mode)  # type: ignore[arg-type]
+        except Exception as error:  # its errors have no common base, and no metric is worth a run
+            log.warning(
+                "W&B cannot be reached (%s). Training goes on; its metrics are written offline to %s/wandb (`wandb "
+                "sync` uploads them), and to metrics.jsonl as always.",
+                str(error).splitlines()[0] if str(error) else type(error).__name__,
+                run_folder,
+            )
+            wandb.teardown()
+            self._run = start(mode="offline")
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Send the metrics."""
-        self._run.log(metrics, step=metrics["step"])
+        self._run.log({key: value for key, value in metrics.items() if value is not None}, step=metrics["step"])
 
     def close(self) -> None:
         """Finish the run."""
@@ -91,6 +104,13 @@ def build_trackers(config: TrackerConfig, run_folder: Path, settings: dict[str, 
     if config.wandb is not None:
         trackers.append(WandbTracker(config.wandb, run_folder, settings))
     return trackers
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Take the lines of later steps out of a JSON-lines file, if there is one: they will be written again."""
+    if path.exists():
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

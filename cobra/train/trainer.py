@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,43 +16,54 @@ from tqdm import tqdm
 
 from cobra.config import PretrainConfig
 from cobra.data.batch import Batch
-from cobra.errors import CheckpointError, DataError, Interrupted, NumericsError
+from cobra.errors import CTRL_C, STOPPED_EARLY, CheckpointError, DataError, Interrupted, NumericsError
 from cobra.models.vlm import CobraOutput, CobraVLM
-from cobra.runtime import peak_memory_gib
+from cobra.ranks import Ranks
 from cobra.train import checkpoint
-from cobra.train.checkpoint import Progress
+from cobra.train.checkpoint import Progress, Saver
+from cobra.train.metrics import Counts, Flops, Window, line, peak_flops
 from cobra.train.optim import learning_rate
+from cobra.train.parallel import autocasts, full, local, sync_gradients
+from cobra.train.profiling import profiled
+from cobra.train.stopping import StopRequest, stop_signals
 from cobra.train.trackers import Tracker
 
 log = logging.getLogger(__name__)
 
+BAD_EXAMPLES_FILE = "bad_examples.jsonl"
+
+Validate = Callable[[], dict[str, float]]
+
 
 class Trainer:
-    """Runs steps until the last one; saves, logs and stops as configured."""
+    """Runs steps until the last one; saves, logs, validates and stops as configured. All ranks do the same."""
 
     def __init__(
         self,
         config: PretrainConfig,
         model: CobraVLM,
         optimizer: torch.optim.Optimizer,
+        ranks: Ranks,
         run_folder: Path,
+        progress: Progress,
         num_steps: int,
-        *,
-        data_digest: str,
     ) -> None:
-        self.config = config
+        """Take the parts; `progress` is where the run begins, before `resume`."""
+        train = config.train
+        self.config, self.ranks, self.run_folder = config, ranks, run_folder
         self.model, self.optimizer = model, optimizer
-        self.run_folder = run_folder
+        self.progress, self.num_steps = progress, num_steps
         self.checkpoints = run_folder / "checkpoints"
-        self.num_steps = num_steps
-        self.progress = Progress(data=data_digest)
+        self.saver = Saver(self.checkpoints, ranks, keep=train.keep_checkpoints, keep_every=train.keep_every)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.image_tokens = model.projector.num_tokens(model.vision.num_patches)
+        self.skipped_in_a_row = 0
 
     def resume(self) -> None:
         """Go back to the newest checkpoint, if there is one."""
         newest = checkpoint.latest(self.checkpoints)
         if newest is not None:
-            progress = checkpoint.load(newest, self.model, self.optimizer)
+            progress = checkpoint.load(newest, self.model, self.optimizer, self.ranks)
             if progress.data != self.progress.data:
                 raise CheckpointError(
                     f"{newest} was trained on other rows than data.annotations holds now. Give it the same file, or "
@@ -62,85 +72,141 @@ class Trainer:
             self.progress = progress
             log.info("Resuming from %s.", newest)
 
-    def fit(self, steps: Iterable[list[Batch]], trackers: list[Tracker]) -> None:
-        """Train on `steps`, the global batches from `progress.step` on.
+    def fit(
+        self,
+        steps: Iterator[list[Batch]],
+        trackers: list[Tracker],
+        *,
+        stop: StopRequest,
+        validate: Validate | None = None,
+    ) -> None:
+        """Train on `steps`, this rank's part of the global batches from `progress.step` on.
 
         Raises:
-            Interrupted: after a signal, once the step is finished and saved.
-            NumericsError: the loss, a gradient or a parameter is not finite. An update from it has not been made, nor
-                such parameters been saved.
+            Interrupted: after a signal or at the time limit, once the step is finished and saved.
+            DataError: an image or row is bad; what was learnt before is saved.
+            NumericsError: `train.max_skipped_steps` steps in a row gave a loss or gradient that is not finite, or a
+                parameter is not. No update from it has been made, nor such parameters been saved.
         """
-        train, window = self.config.train, _Window(self)
+        train, device = self.config.train, self.model.device
+        flops = Flops(self.config.model, train.stage)
+        peak = peak_flops(self.config.parallel, device)
+        window = Window(flops, peak, self.ranks.world_size, self.image_tokens)
         bar = tqdm(
             total=self.num_steps,
             initial=self.progress.step,
             unit="step",
-            disable=not log.isEnabledFor(logging.INFO),
+            disable=not (log.isEnabledFor(logging.INFO) and self.ranks.is_first),
             mininterval=0.5 if sys.stderr.isatty() else 15,
             bar_format="step {n_fmt}/{total_fmt} | {desc}{elapsed} gone, {remaining} left",
         )
-        for part in self.model.children():
-            part.train(any(parameter.requires_grad for parameter in part.parameters()))  # frozen: no drop path
-        with bar, _stop_signals() as stop, self._saving_on_bad_data():
-            for batches in steps:
-                loss, grad_norm = self._step(batches)
-                window.add(batches, loss)
+        self._set_modes()
+        profile_folder = self.run_folder / "profile"
+        with bar, stop_signals(stop), profiled(train.profile, profile_folder, self.ranks.rank) as profile_step:
+            while self.progress.step < self.num_steps:
+                batches, counts = self._next(steps)
+                loss, grad_norm, exit_code = self._step(batches, counts, stop)
+                window.add(counts, loss)
+                profile_step()
                 is_last = self.progress.step == self.num_steps
                 if self.progress.step % train.log_every == 0 or is_last:
-                    metrics = window.close(grad_norm)
-                    for tracker in trackers:
-                        tracker.log(metrics)
-                    bar.set_description_str(_line(metrics), refresh=False)
+                    self._log(window, grad_norm, trackers, bar)
                 bar.update()
-                is_stopping = bool(stop)  # read once: a signal between save and raise counts for the next step
+                self.saver.poll()
+                is_stopping = bool(exit_code) and not is_last
                 if self.progress.step % train.save_every == 0 or is_last or is_stopping:
-                    self._save()
-                if is_stopping and not is_last:
-                    raise Interrupted(
-                        f"Stopped after step {self.progress.step} of {self.num_steps}; a checkpoint is saved. "
-                        "The same command goes on from here."
-                    )
+                    self.save()
+                if is_stopping:
+                    self._stop(exit_code)
+                if validate is not None and self._is_due(self.config.validation.every):
+                    started = time.perf_counter()
+                    found = validate()
+                    self._set_modes()
+                    for tracker in trackers:
+                        tracker.log({"step": self.progress.step} | found)
+                    window.exclude(time.perf_counter() - started)
+        self.saver.finish()
 
-    def _step(self, batches: list[Batch]) -> tuple[float, float]:
-        """Make one update from a global batch; return its loss (mean over all labelled tokens) and gradient norm."""
-        started = time.perf_counter()
-        train, step = self.config.train, self.progress.step
-        device = self.model.device
-        num_labels = sum(batch.num_labels for batch in batches)
-        if num_labels == 0:
+    def _set_modes(self) -> None:
+        for part in self.model.children():
+            part.train(any(parameter.requires_grad for parameter in part.parameters()))  # frozen: no drop path
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and (self.progress.step % every == 0 or self.progress.step == self.num_steps)
+
+    def _next(self, steps: Iterator[list[Batch]]) -> tuple[list[Batch], Counts]:
+        """Return this rank's micro-batches, and what all ranks have; they stop together if one has none."""
+        started, problem = time.perf_counter(), None
+        batches: list[Batch] = []
+        try:
+            batches = next(steps)
+        except DataError as error:
+            problem = str(error)
+        counts = Counts.of(batches, self.image_tokens)
+        counts.wait_seconds, counts.failed = time.perf_counter() - started, float(problem is not None)
+        counts = Counts(*self.ranks.sum(counts.values()))
+        if counts.failed:
+            problems = [found for found in self.ranks.gather(problem) if found is not None]
+            if self.progress.step > 0:
+                self.save()
+                self.saver.finish()
+            raise DataError(problems[0])
+        if counts.bad:
+            self._note_bad_examples(batches)
+        if counts.labels == 0:
             raise DataError(
-                f"Step {step + 1}: no row of the batch has an answer within model.max_length="
+                f"Step {self.progress.step + 1}: no row of the batch has an answer within model.max_length="
                 f"{self.config.model.max_length} tokens; raise it, or find the rows with data.check=decode."
             )
-        loss = torch.zeros((), device=device)
-        for batch in batches:
-            batch = batch.to(device)
+        return batches, counts
+
+    def _step(self, batches: list[Batch], counts: Counts, stop: StopRequest) -> tuple[float | None, float, int]:
+        """Make one update from a global batch.
+
+        Returns:
+            The loss (mean over all labelled tokens of all ranks; None if it or the gradient is not finite and the
+            update was therefore skipped), the gradient norm, and the exit code that some rank has been asked to leave
+            with (0: none).
+        """
+        started = time.perf_counter()
+        train, step, ranks = self.config.train, self.progress.step, self.ranks
+        total = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        for i, batch in enumerate(batches):
+            sync_gradients(self.model, i == len(batches) - 1 or not self.config.parallel.defer_gradient_sync)
             try:
-                output = self._forward(batch)
+                output = self._forward(batch.to(self.model.device))
             except NumericsError as error:  # of a parameter, found before there is a loss
                 raise self._diverged(step + 1, f"{str(error).rstrip('.')}. The update was not made") from error
             assert output.loss_sum is not None  # the batch has labels
-            part = output.loss_sum / num_labels
-            part.backward()
-            loss += part.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            what = f"loss {float(loss)}, gradient norm {float(grad_norm)}. The update was not made"
-            raise self._diverged(step + 1, what)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.num_steps, train)
-        self.optimizer.step()
+            total += output.loss_sum.detach()
+            # Sharding takes the mean of the ranks' gradients, so each rank's loss counts world_size times.
+            (output.loss_sum * (ranks.world_size / counts.labels)).backward()
+        grad_norm = float(full(torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)))
+        code = stop.exit_code
+        loss_sum, ctrl_c, stopped = ranks.sum([float(total), float(code == CTRL_C), float(code > 0)])
+        loss: float | None = loss_sum / counts.labels
+        is_finite = math.isfinite(loss_sum) and math.isfinite(grad_norm)
+        if is_finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(step, self.num_steps, train)
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+        else:
+            self._skip(batches, loss_sum / counts.labels, grad_norm)
+            loss = None
         self.optimizer.zero_grad(set_to_none=True)
         self.progress = replace(
             self.progress,
             step=step + 1,
-            tokens=self.progress.tokens + sum(_num_tokens(batch, self.model) for batch in batches),
+            tokens=self.progress.tokens + counts.tokens(self.image_tokens),
             seconds=self.progress.seconds + time.perf_counter() - started,
+            skipped=self.progress.skipped + (not is_finite),
+            bad_examples=self.progress.bad_examples + int(counts.bad),
         )
-        return float(loss), float(grad_norm)
+        return loss, grad_norm, CTRL_C if ctrl_c else STOPPED_EARLY if stopped else 0
 
     def _forward(self, batch: Batch) -> CobraOutput:
-        is_mixed = self.config.parallel.precision == "bf16"
+        is_mixed = autocasts(self.config.parallel, self.model)
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=is_mixed):
             return self.model(
                 batch.input_ids,
@@ -150,101 +216,68 @@ class Trainer:
                 lengths=batch.lengths,
             )
 
+    def _skip(self, batches: list[Batch], loss: float, grad_norm: float) -> None:
+        """Count a step without an update; too many in a row end the run."""
+        self.skipped_in_a_row += 1
+        step, limit = self.progress.step + 1, self.config.train.max_skipped_steps
+        log.warning("Step %d: loss %s, gradient norm %s. The update was not made.", step, loss, grad_norm)
+        if self.skipped_in_a_row >= limit:
+            ids = [name for part in self.ranks.gather([name for batch in batches for name in batch.ids]) for name in part]
+            shown = ", ".join(map(repr, ids[:8])) + (" ..." if len(ids) > 8 else "")
+            raise self._diverged(
+                step,
+                f"loss {loss}, gradient norm {grad_norm}, the {limit}th step in a row without an update; its rows are "
+                f"{shown}",
+            )
+
     def _diverged(self, step: int, what: str) -> NumericsError:
         return NumericsError(
             f"Step {step}: {what}; the last checkpoint in {self.checkpoints} is good. Try a lower train.learning_rate."
         )
 
-    @contextmanager
-    def _saving_on_bad_data(self) -> Iterator[None]:
-        """Save before an image or row that turns out to be broken ends the run."""
-        try:
-            yield
-        except DataError:
-            if self.progress.step > 0:
-                self._save()
-            raise
-
-    def _save(self) -> None:
-        trained = [(name, p.detach()) for name, p in self.model.named_parameters() if p.requires_grad]
+    def save(self) -> None:
+        """Begin to write a checkpoint; parameters that are not finite end the run instead."""
+        trained = [(name, local(p.detach())) for name, p in self.model.named_parameters() if p.requires_grad]
         finite = torch.stack([tensor.sum() for _, tensor in trained]).isfinite().tolist()  # the device is awaited once
-        if not all(finite):
-            name = trained[finite.index(False)][0]
+        broken = [i for i, count in enumerate(self.ranks.sum([float(not good) for good in finite])) if count]
+        if broken:
+            name = trained[broken[0]][0]
             raise self._diverged(
                 self.progress.step, f"its update left NaN or infinity in the parameter {name}. It was not saved"
             )
-        checkpoint.save(
-            self.checkpoints, self.progress, self.model, self.optimizer, keep=self.config.train.keep_checkpoints
+        self.saver.save(self.progress, self.model, self.optimizer)
+
+    def _stop(self, exit_code: int) -> None:
+        step = self.progress.step
+        if not self.saver.finish():
+            raise CheckpointError(
+                f"Stopped after step {step} of {self.num_steps}, but its checkpoint could not be written. The same "
+                f"command goes on from {checkpoint.latest(self.checkpoints) or 'the beginning'}."
+            )
+        raise Interrupted(
+            f"Stopped after step {step} of {self.num_steps}; a checkpoint is saved. The same command goes on from here.",
+            exit_code,
         )
 
-
-class _Window:
-    """Sums between two log lines."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self._reset()
-
-    def _reset(self) -> None:
-        self.started, self.losses, self.examples = time.perf_counter(), [], 0
-        self.tokens_before = self.trainer.progress.tokens
-
-    def add(self, batches: list[Batch], loss: float) -> None:
-        """Count a step."""
-        self.losses.append(loss)
-        self.examples += sum(len(batch.lengths) for batch in batches)
-
-    def close(self, grad_norm: float) -> dict[str, float]:
-        """Return the metrics of the window and start the next one."""
-        trainer, seconds = self.trainer, time.perf_counter() - self.started
-        metrics = {
-            "step": trainer.progress.step,
-            "loss": sum(self.losses) / len(self.losses),
-            "lr": trainer.optimizer.param_groups[0]["lr"],
+    def _log(self, window: Window, grad_norm: float, trackers: list[Tracker], bar: tqdm) -> None:
+        metrics: dict[str, float | None] = {"step": self.progress.step}
+        metrics |= window.close(self.model.device)
+        metrics |= {
+            "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm,
-            "examples_per_second": self.examples / seconds,
-            "tokens_per_second": (trainer.progress.tokens - self.tokens_before) / seconds,
-            "memory_gib": peak_memory_gib(trainer.model.device),
-            "train_seconds": trainer.progress.seconds,
+            "skipped_steps": self.progress.skipped,
+            "bad_examples": self.progress.bad_examples,
+            "train_seconds": self.progress.seconds,
         }
-        self._reset()
-        return metrics
+        for tracker in trackers:
+            tracker.log(metrics)
+        bar.set_description_str(line(metrics), refresh=False)
 
-
-def _num_tokens(batch: Batch, model: CobraVLM) -> int:
-    num_images = 0 if batch.pixels is None else len(batch.pixels[0])
-    return int(batch.lengths.sum()) + num_images * model.projector.num_tokens(model.vision.num_patches)
-
-
-def _line(metrics: dict[str, float]) -> str:
-    return (
-        f"loss {metrics['loss']:.4f} | lr {metrics['lr']:.2e} | {metrics['examples_per_second']:,.0f} examples/s | "
-        f"{metrics['tokens_per_second']:,.0f} tokens/s | {metrics['memory_gib']:.1f} GiB | "
-    )
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[float]]:
-    """Yield a list that fills when SIGINT or SIGTERM arrives; another one after two seconds acts as usual, at once."""
-    received: list[float] = []
-
-    def receive(number: int, _frame: object) -> None:
-        now = time.monotonic()
-        if not received:
-            log.info("Stopping after this step; Ctrl-C once more, in two seconds or later, stops at once.")
-        elif now - received[0] > 2:  # launchers often pass a signal on that the terminal has sent as well
-            signal.signal(number, before[signal.Signals(number)])
-            signal.raise_signal(number)
-        received.append(now)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number in before:
-            signal.signal(number, receive)
-    except ValueError:  # not the main thread: signals are somebody else's
-        before = {}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def _note_bad_examples(self, batches: list[Batch]) -> None:
+        """Append what was left out of this step to bad_examples.jsonl; rank 0 writes for all."""
+        mine = [{"id": bad.id, "data_set": bad.data_set, "reason": bad.reason} for batch in batches for bad in batch.bad]
+        found = [bad for part in self.ranks.gather(mine) for bad in part]
+        if self.ranks.is_first:
+            with (self.run_folder / BAD_EXAMPLES_FILE).open("a", encoding="utf-8") as file:
+                for bad in found:
+                    file.write(json.dumps({"step": self.progress.step + 1} | bad) + "\n")
