@@ -15,10 +15,11 @@ from cobra.data import easyvqa
 from cobra.data.conversations import ConversationDataset, Transform, digest, read_rows
 from cobra.data.loader import iterate
 from cobra.data.sampler import UnitSampler
-from cobra.errors import CheckpointError, ConfigError, DataError
-from cobra.hub import resolve_file, resolve_model_folder
+from cobra.errors import CheckpointError, DataError
+from cobra.hub import resolve_file, resolve_model, resolve_model_folder
 from cobra.models.build import build_model, set_trainable
-from cobra.models.vlm import CobraVLM
+from cobra.models.public import is_public_run, load_public_run
+from cobra.models.vlm import CobraVLM, check_vocabulary
 from cobra.models.weights import load_part, save_model_folder
 from cobra.ops import use_backend
 from cobra.runtime import pick_device, write_text
@@ -126,16 +127,22 @@ def _fit(trainer: Trainer, dataset: ConversationDataset, sampler: UnitSampler) -
 
 def _initial_model(config: PretrainConfig, tokenizer: Tokenizer) -> CobraVLM:
     """Build the model as step 0 sees it, with the stage's parts set to learn."""
-    if len(tokenizer) > config.model.llm.padded_vocab_size:
-        raise ConfigError(
-            f"model.llm.vocab_size={config.model.llm.vocab_size} is less than the tokenizer's {len(tokenizer)} entries."
-        )
-    start = None if config.init_from is None else resolve_model_folder(config.init_from)  # before weights are read
-    model = build_model(config.model, config.run.seed)
-    if start is not None:
-        load_part(model, start / "model.safetensors")
+    check_vocabulary(tokenizer, config.model.llm, f"Set model.llm.vocab_size={len(tokenizer)}.")
+    start = None if config.init_from is None else _start_folder(config.init_from)  # before weights are read
+    if start is not None and is_public_run(start):
+        model = load_public_run(start, config.model, dtype=torch.float32)  # parts it does not hold: as the config says
+    else:
+        model = build_model(config.model, config.run.seed)
+        if start is not None:
+            load_part(model, start / "model.safetensors")
     set_trainable(model, config.train.stage)
     return model
+
+
+def _start_folder(name: str) -> Path:
+    """Return the folder that `init_from` names: a run in the public layout, or a model of ours."""
+    folder = resolve_model(name)
+    return folder if is_public_run(folder) else resolve_model_folder(folder)
 
 
 def _dataset(config: PretrainConfig, tokenizer: Tokenizer, transform: Transform) -> ConversationDataset:
