@@ -73,8 +73,10 @@ class Cobra:
         """Write a model folder, whole or not at all, that `cobra.load` reads; return it.
 
         Raises:
-            CheckpointError: the folder exists and is not a model folder.
+            CheckpointError: the folder exists and is not a model folder, or cannot be made.
         """
+        if not isinstance(folder, (str, Path)):
+            raise ConfigError(f"folder={folder!r} is no path; name the folder to write.")
         folder = Path(folder).expanduser()
         check_replaceable(folder)
         save_model_folder(self.model, self.tokenizer.file, folder)
@@ -184,7 +186,7 @@ class Cobra:
             One probability per choice; a list of such lists when `image` or `prompt` is a list.
 
         Raises:
-            ConfigError: a choice is not a single token.
+            ConfigError: a choice is not a single token of this model's tokenizer.
         """
         if not choices:
             raise ConfigError("score needs at least one choice, such as ['Yes', 'No'].")
@@ -285,7 +287,7 @@ def load(
 
     Raises:
         CheckpointError: the model is missing, incomplete, damaged or does not fit; the message says what to do.
-        ConfigError: an argument, or a setting in one, is not known.
+        ConfigError: an argument, or a setting in one, is not known or has no effect.
     """
     one_of("dtype", dtype, ("float32", "bfloat16"))
     target = pick_device(device)

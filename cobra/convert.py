@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cobra.config import LLMConfig, as_config, one_of
-from cobra.errors import CheckpointError
+from cobra.errors import CheckpointError, ConfigError
 from cobra.hub import resolve_weights
 from cobra.loading import find_model, is_mamba, read_model
 from cobra.models.export import (
@@ -51,7 +51,7 @@ def convert(
 
     Raises:
         CheckpointError: the target exists, the source is damaged, or holds less than the layout needs.
-        ConfigError: the layout is not known.
+        ConfigError: the layout is not known, or a setting in `vision` or `llm`, or it has no effect.
     """
     one_of("to", to, LAYOUTS)
     if target.exists() and not overwrite:
@@ -79,17 +79,20 @@ def _read(
     source: str, vision: Mapping[str, Any] | None, llm: Mapping[str, Any] | None
 ) -> tuple[CobraVLM | MambaLM, Path | None]:
     """Return the model in its stored dtypes, and its tokenizer file where there is one."""
-    try:
-        folder = find_model(source)
-    except CheckpointError:
-        folder = resolve_weights(source, "source")  # a Hub repository with a Mamba has files of other names
-    if not folder.is_dir() or not is_mamba(folder):
+    folder = find_model(source)
+    if not is_mamba(folder):
         model, tokenizer = read_model(folder, vision, llm)
         return model, tokenizer.file
+    if vision or llm:
+        raise ConfigError(
+            f"{source} is a language model alone, which its own config.json describes; vision and llm have no effect. "
+            "Leave them out."
+        )
     sizes = mamba_sizes(read_json(folder / "config.json"), str(folder / "config.json"))
-    config = as_config(LLMConfig, {"tokenizer": "tokenizer.json", "prompt": "mamba"} | sizes | dict(llm or {}))
+    config = as_config(LLMConfig, {"tokenizer": "tokenizer.json", "prompt": "mamba"} | sizes)
     with parameters_on_meta():
         model = MambaLM(config)
-    fill(model, mamba_weights(read_weights(folder)))
+    # of a Hub repository only config.json and tokenizer.json are here so far: weights have names of many kinds
+    fill(model, mamba_weights(read_weights(resolve_weights(source, "source"))))
     tokenizer_file = folder / "tokenizer.json"
     return model, tokenizer_file if tokenizer_file.is_file() else None

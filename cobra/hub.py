@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import http.client
 import io
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from cobra.errors import CheckpointError, DataError
+from cobra.errors import CheckpointError, ConfigError, DataError
 
 WEIGHTS_VARIABLE = "COBRA_WEIGHTS"  # names a folder that is searched before the Hub
 
@@ -28,6 +29,7 @@ _MODEL_FILES = (  # of a model folder, and of a run in the public layout
     "checkpoints/latest-checkpoint.pt",
 )
 _MAX_DOWNLOAD = 64 * 2**20  # bytes of one image
+_HUB_TIMEOUT = 10  # seconds until a Hub that does not answer counts as out of reach
 
 
 def open_image(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
@@ -53,6 +55,8 @@ def open_image(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
         content = _fetch(str(image)) if is_url else Path(image).expanduser().read_bytes()
     except OSError as error:
         raise DataError(f"Cannot read the image {image}: {error.strerror}.") from None
+    except (ValueError, RuntimeError) as error:  # a NUL byte; a home that nobody has
+        raise DataError(f"{str(image)!r} is not the path of an image ({error}). Give a file or a URL.") from None
     try:
         decoded = Image.open(io.BytesIO(content))
         decoded.load()
@@ -64,11 +68,11 @@ def open_image(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
 
 def _fetch(url: str) -> bytes:
     """Download a small file; DataError when nothing comes within 30 seconds or more than 64 MiB."""
-    request = urllib.request.Request(url, headers={"User-Agent": "cobra"})
     try:
+        request = urllib.request.Request(url, headers={"User-Agent": "cobra"})
         with urllib.request.urlopen(request, timeout=30) as answer:
             content = answer.read(_MAX_DOWNLOAD + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         raise DataError(f"Cannot fetch {url}: {error}.") from None
     if len(content) > _MAX_DOWNLOAD:
         raise DataError(f"{url} is larger than {_MAX_DOWNLOAD // 2**20} MiB, too large for an image.")
@@ -115,24 +119,38 @@ def resolve_model(name: str | Path) -> Path:
     COBRA_WEIGHTS is searched before the Hub.
 
     Raises:
+        ConfigError: this is no name.
         CheckpointError: it is nowhere, or the Hub cannot be reached.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    found = _in_weights_folder(str(name))
+    found = local_model(name)
     if found is not None:
         return found
-    parts = str(name).split("/")
+    path, parts = Path(name).expanduser().absolute(), str(name).split("/")
     if not _is_hub_id("/".join(parts[:2])) or len(parts) > 3:
-        raise CheckpointError(f"There is no run or model folder at {folder.absolute()}; train one, or check the path.")
+        raise CheckpointError(f"There is no run or model folder at {path}; train one, or check the path.")
     inside = "/".join(parts[2:])
     prefix = f"{inside}/" if inside else ""
     wanted = {prefix + file for file in _MODEL_FILES}
     try:
         return _download("/".join(parts[:2]), "model", lambda files: sorted(wanted & set(files))) / inside
     except CheckpointError as error:
-        raise CheckpointError(f"There is no run or model folder at {folder.absolute()}, and: {error}") from None
+        raise CheckpointError(f"There is no run or model folder at {path}, and: {error}") from None
+
+
+def local_model(name: str | Path) -> Path | None:
+    """Return the folder of a model on this machine, the name itself or below COBRA_WEIGHTS; None: it is not here.
+
+    Raises:
+        ConfigError: this is no name.
+        CheckpointError: it is a file, or a path that cannot be looked at.
+    """
+    if not isinstance(name, (str, Path)) or not str(name).strip() or "\0" in str(name):
+        raise ConfigError(f"model={name!r} names no model; give a folder, a name or a Hub id as text.")
+    path = _local_path(str(name), "model")
+    found = path if path.exists() else _in_weights_folder(str(name))
+    if found is not None and not found.is_dir():
+        raise CheckpointError(f"model={name}: {found.absolute()} is a file, and a model is a folder; give its folder.")
+    return found
 
 
 def resolve_model_folder(name: str | Path) -> Path:
@@ -145,6 +163,11 @@ def resolve_model_folder(name: str | Path) -> Path:
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").is_file() and (candidate / "model.safetensors").is_file():
             return candidate
+    for file in map(folder.joinpath, _MODEL_FILES):
+        if file.is_symlink() and not file.exists():
+            raise CheckpointError(
+                f"{file} is a link to {file.readlink()}, which is missing; fetch it, or mend the link."
+            )
     if (folder / "checkpoints").is_dir():
         raise CheckpointError(
             f"The run in {folder} has not finished: it has checkpoints but no model/ yet. Start the same command again "
@@ -179,13 +202,24 @@ def _find(name: str, setting: str) -> Path | None:
         path = Path(str(resources.files("cobra"))) / "assets" / name.removeprefix(_PACKAGE)
         if path.exists():
             return path
-    path = Path(name).expanduser()
+    path = _local_path(name, setting)
     if path.exists():
         return path
     found = _in_weights_folder(name)
     if found is None and not _is_hub_id(name):
         raise CheckpointError(f"{setting}={name}: no such file ({path.absolute()}).")
     return found
+
+
+def _local_path(name: str, setting: str) -> Path:
+    """Return a name as a path; CheckpointError where this machine cannot even look whether something is there."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long or not allowed; a NUL byte; a home nobody has
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{setting}={name[:200]!r} is not a path that can be read: {reason}.") from None
+    return path
 
 
 def _in_weights_folder(name: str) -> Path | None:
@@ -221,6 +255,7 @@ def _weight_files(files: list[str]) -> list[str]:
 def _download(name: str, setting: str, choose: Callable[[list[str]], list[str]]) -> Path:
     """Fetch the files that `choose` takes of a Hub repository's; the library's cache holds only complete files."""
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
     remedy = (
         f"Check the name and the connection, or put its files into a folder {name!r} below the folder that the "
@@ -228,7 +263,9 @@ def _download(name: str, setting: str, choose: Callable[[list[str]], list[str]])
     )
     try:
         try:
-            files = HfApi().list_repo_files(name)
+            # asked for in this way the library does not try again for half a minute, as it does for a list of files
+            found = HfApi().model_info(name, timeout=_HUB_TIMEOUT)
+            files = [file.rfilename for file in found.siblings or []]
         except Exception as error:  # of huggingface_hub, or of whichever HTTP library it uses
             cached = _cached(name)
             if cached is None or not choose(_files_below(cached)):
@@ -243,8 +280,9 @@ def _download(name: str, setting: str, choose: Callable[[list[str]], list[str]])
     except CheckpointError:
         raise
     except Exception as error:
+        failure = "does not give it" if isinstance(error, HfHubHTTPError) else "cannot be reached"
         raise CheckpointError(
-            f"{setting}={name}: not on this machine, and the Hugging Face Hub does not give it ({_first_line(error)}). "
+            f"{setting}={name}: not on this machine, and the Hugging Face Hub {failure} ({_first_line(error)}). "
             f"{remedy}"
         ) from None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,22 +22,26 @@ if TYPE_CHECKING:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called `name`; "auto" is CUDA where there is one, else the CPU.
+    """Return the device called `name`: "cpu", "cuda", "cuda:1", or "auto", which is CUDA where there is one.
 
     Raises:
-        ConfigError: the name is not a device, or there is none of that kind here.
+        ConfigError: the name is none of these, or there is no such device here.
     """
     import torch
 
+    name = str(name)  # a torch.device will do
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device={name!r} is not a device; use auto, cpu, cuda or cuda:0.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+        return torch.device("cuda" if count else "cpu")
+    if name != "cpu" and not re.fullmatch(r"cuda(:[0-9]+)?", name):
+        raise ConfigError(f"device={name!r} is not a device to compute on; use auto, cpu, cuda or cuda:0.")
+    if name != "cpu" and not count:
         raise ConfigError(f"device={name!r}, but torch sees no CUDA device here; use device=cpu or device=auto.")
-    return device
+    if int(name.partition(":")[2] or 0) >= max(count, 1):
+        raise ConfigError(
+            f"device={name!r}, but torch sees only {count} CUDA devices here; use cuda:{count - 1} or less."
+        )
+    return torch.device(name)
 
 
 def peak_memory_gib(device: torch.device) -> float:

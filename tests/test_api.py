@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,10 @@ from PIL import Image
 
 import cobra
 from cobra.errors import CheckpointError, ConfigError, DataError, ShapeError
+from cobra.models.vlm import CobraVLM
+from cobra.models.weights import save_model_folder
+from cobra.runtime import pick_device
+from cobra.text.tokenizer import Tokenizer
 
 PROMPT = "what color is the circle?"
 
@@ -221,6 +227,9 @@ def test_wrong_use_is_refused(vlm: cobra.Cobra, paths: list[Path], server: str, 
         (DataError, "uint8", lambda: generate(vlm, np.zeros(4, np.uint8))),
         (DataError, r"\(4, 4, 5\)", lambda: generate(vlm, np.zeros((4, 4, 5), np.uint8))),
         (DataError, "int", lambda: generate(vlm, 7)),
+        (DataError, r"'a\\x00b' is not the path of an image", lambda: generate(vlm, "a\0b")),
+        (DataError, "http://\\[: Invalid", lambda: generate(vlm, "http://[")),
+        (DataError, "~no-such-user/a.png", lambda: generate(vlm, "~no-such-user/a.png")),
         (ConfigError, "single tokens", lambda: vlm.score(paths[0], PROMPT, ["Perhaps"])),
         (ConfigError, "temperature=-1", lambda: generate(vlm, paths[0], temperature=-1)),
         (ConfigError, "top_p=0", lambda: generate(vlm, paths[0], top_p=0)),
@@ -250,3 +259,87 @@ def test_load_says_what_is_wrong(tmp_path: Path, trained_run: Path) -> None:
     with pytest.raises(ConfigError, match="float16"):
         cobra.load(trained_run, dtype="float16")
     assert cobra.load(trained_run / "model", device="cpu").name == "tiny"  # the model folder alone will do
+
+
+@pytest.mark.parametrize("name", [None, "", " ", 7, b"run", "a\0b"])
+def test_names_that_are_none_are_refused(name: Any) -> None:
+    with pytest.raises(ConfigError, match="names no model"):
+        cobra.load(name)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~no-such-user/run"])
+def test_paths_that_cannot_be_looked_at_are_refused(name: str) -> None:
+    with pytest.raises(CheckpointError, match="is not a path that can be read"):
+        cobra.load(name)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu:7", "cuda:-1", "vulkan", "gpu", "", None, 7])
+def test_devices_that_do_not_compute_are_refused(trained_run: Path, device: Any) -> None:
+    with pytest.raises(ConfigError, match=f"device='{device}' is not a device to compute on; use auto"):
+        cobra.load(trained_run, device=device)
+
+
+def test_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(pick_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda", "cuda", "cuda:1", "cpu"]
+    with pytest.raises(ConfigError, match=r"'cuda:2', but torch sees only 2 CUDA devices here; use cuda:1 or less"):
+        pick_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        pick_device("cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("/", "/ is the current folder or around it"),
+        (".", "current folder"),
+        ("..", "current folder"),
+        ("absent/..", "current folder"),
+        ("file/x/y", "file is a file; choose another place"),
+        ("a\0b", "is not a folder that can be written"),
+    ],
+)
+def test_models_are_not_written_just_anywhere(
+    vlm: cobra.Cobra, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, message: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("file").write_text("mine")
+    with pytest.raises(CheckpointError, match=message):
+        vlm.save_pretrained(place)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "here"]
+
+
+def test_choices_need_a_tokenizer_that_has_them(
+    small_model: CobraVLM, tokenizer: Tokenizer, paths: list[Path], tmp_path: Path
+) -> None:
+    """A vocabulary that splits "Yes" still answers freely; `score` is where it is refused, before an image is read."""
+    content = json.loads(tokenizer.file.read_text())
+    content["model"]["vocab"]["Yea"] = content["model"]["vocab"].pop("Yes")
+    content["model"]["merges"] = [pair for pair in content["model"]["merges"] if "".join(pair) != "Yes"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    save_model_folder(small_model, tmp_path / "tokenizer.json", tmp_path / "model")
+    vlm = cobra.load(tmp_path / "model", device="cpu")
+    assert isinstance(generate(vlm, paths[0]), str)
+    with pytest.raises(ConfigError, match=r"'Yes' is 2 tokens in tokenizer\.json; choices must be single tokens"):
+        vlm.score("absent.png", PROMPT, ["Yes", "No"])
+
+
+def test_another_tokenizer_is_refused(
+    small_model: CobraVLM, tokenizer: Tokenizer, tmp_path: Path, assets: Path
+) -> None:
+    """One of too few entries gives answers of noise, one of too many cannot be embedded."""
+    save_model_folder(small_model, tokenizer.file, tmp_path / "model")
+    content = json.loads(tokenizer.file.read_text())
+    content["model"]["vocab"] = {key: i for key, i in content["model"]["vocab"].items() if i < 257}
+    content["model"]["merges"] = []
+    (tmp_path / "bytes.json").write_text(json.dumps(content))
+    for file, message in (
+        (tmp_path / "bytes.json", r"vocabulary of 368 is far more than the tokenizer's 257 entries in .*bytes\.json"),
+        (assets / "data" / "gpt-neox-tokenizer" / "tokenizer.json", "368 is less than the tokenizer's 50277"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{message}.*llm=\{{'tokenizer'"):
+            cobra.load(tmp_path / "model", device="cpu", llm={"tokenizer": str(file)})

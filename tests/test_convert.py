@@ -82,7 +82,9 @@ def test_public_round_trip_is_exact(folder: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "moved", "ours"]
     checkpoint["model"]["vision_backbone"] = {"featurizer.pos_embed": torch.zeros(1)}
     torch.save(checkpoint, moved / "checkpoints" / "latest-checkpoint.pt")
-    with pytest.raises(CheckpointError, match="also holds vision_backbone"):
+    with pytest.raises(
+        ConfigError, match=r"vision\.towers\[0\]\.weights, .*no effect, as .*latest-checkpoint\.pt holds"
+    ):
         cobra.load(moved, device="cpu", vision=moved / "vision.yaml", llm=moved / "llm.yaml")
 
 
@@ -188,6 +190,38 @@ def test_any_vocabulary_of_transformers_is_read(vocab_size: int, tmp_path: Path)
     theirs = transformers.MambaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(tmp_path), their_logits(theirs), rtol=0, atol=1e-4)
+
+
+def test_overrides_of_a_mamba_are_refused(theirs: Any, tmp_path: Path) -> None:
+    theirs.save_pretrained(tmp_path / "llm")
+    overrides: list[dict[str, Any]] = [{"vision": {"resize": "letterbox"}}, {"llm": {"tokenizer": "x.json"}}]
+    for given in overrides:
+        with pytest.raises(ConfigError, match=r"own config\.json describes; vision and llm have no effect"):
+            convert(str(tmp_path / "llm"), tmp_path / "out", "mamba", **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_sources_are_explained(tmp_path: Path) -> None:
+    for source, message in (
+        ("cobra-8b", r"cobra-8b: its weights are not public\. Train it with \+experiment=cobra-8b"),
+        ("cobra-3", "Did you mean 'cobra-3b'"),
+        ("absent", "no run or model folder at .*absent"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            convert(source, tmp_path / "out", "cobra")
+
+
+@pytest.mark.parametrize("target", ["/", ".", "..", "file/x"])
+def test_targets_that_no_model_can_replace(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("file").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match=r"exists; choose|current folder or around it|file is a file"):
+            convert(str(folder), Path(target), "cobra", overwrite=overwrite)
+    assert [path.name for path in Path().iterdir()] == ["file"]
 
 
 def test_another_activation_is_refused(theirs: Any, tmp_path: Path) -> None:

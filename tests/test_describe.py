@@ -17,16 +17,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cobra.config import PretrainConfig
-from cobra.describe import (
-    BANDWIDTHS,
-    block_activation_bytes,
-    block_matmul_flops,
-    build_on_meta,
-    describe,
-    head_flops,
-    main,
-    state_size,
-)
+from cobra.describe import build_on_meta, describe
+from cobra.describe.__main__ import main
+from cobra.describe.flops import block_matmul_flops, head_flops
+from cobra.describe.memory import BANDWIDTHS, block_activation_bytes, state_bytes
+from cobra.describe.meta import count
 from cobra.errors import ConfigError
 from cobra.models.build import build_model, set_trainable
 from cobra.models.mamba import MambaLM
@@ -37,10 +32,6 @@ Compose = Callable[..., PretrainConfig]
 
 PAPER = {"cobra-3b": 3.5, "cobra-8b": 7.8}  # billions of parameters
 TOWERS = {"vit_large_patch14_reg4_dinov2": 384, "vit_so400m_patch14_siglip_384": 384}  # paper, section 3.1
-
-
-def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 class TestFullModels:
@@ -176,8 +167,7 @@ class TestMemory:
         lm.init_weights()
         with torch.no_grad():
             _, state = lm(lm.embed(torch.zeros(1, 5, dtype=torch.int64)))
-        assert state_size(config) == sum(tensor.numel() for tensor in [*state.conv, *state.ssm])
-        assert describe(tiny_config()).state_bytes == sum(t.nbytes for t in [*state.conv, *state.ssm])
+        assert state_bytes(config) == sum(tensor.nbytes for tensor in [*state.conv, *state.ssm])
 
     @pytest.mark.parametrize("stage", ["align", "finetune"])
     def test_gradients_and_moments_are_those_of_a_real_step(self, tiny_config: Compose, stage: str) -> None:
@@ -282,7 +272,7 @@ class TestCommand:
     def test_needs_a_clone(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr("cobra.describe.__file__", str(tmp_path / "cobra" / "describe.py"))
+        monkeypatch.setattr("cobra.describe.__main__.__file__", str(tmp_path / "cobra" / "describe" / "__main__.py"))
         monkeypatch.setattr("sys.argv", ["describe"])
         with pytest.raises(SystemExit):
             main()

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import save_file
+import yaml
+from safetensors.torch import load_file, save_file
 
 import cobra
 from cobra import hub
+from cobra.convert import convert
 from cobra.errors import CheckpointError, ConfigError
+from cobra.models.export import write_hugging_face_mamba, write_original_mamba, write_public_run
 from cobra.models.public import LLMS, VISION, public_config
 from cobra.models.vlm import CobraVLM
 from cobra.models.weights import save_model_folder
@@ -38,7 +45,10 @@ class Hub:
             save_file({"w": torch.ones(2)}, path)
         return self.root / repository
 
-    def list_repo_files(self, repository: str) -> list[str]:
+    def model_info(self, repository: str, *, timeout: float) -> SimpleNamespace:
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in self.files(repository)])
+
+    def files(self, repository: str) -> list[str]:
         folder = self.root / repository
         if not self.is_online or not folder.is_dir():
             raise ConnectionError("no route to host\nmore")
@@ -52,7 +62,7 @@ class Hub:
             if not target.is_dir():
                 raise FileNotFoundError(repository)
             return str(target)
-        for file in self.list_repo_files(repository):
+        for file in self.files(repository):
             if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
                 self.downloads.append(file)
                 (target / file).parent.mkdir(parents=True, exist_ok=True)
@@ -144,6 +154,77 @@ def test_what_is_nowhere_is_explained(stand_in: Hub, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="without the files needed"):
         resolve("org/empty")
     assert not stand_in.cache.exists()
+
+
+def test_machine_without_network_is_told_so_at_once(tmp_path: Path) -> None:
+    """The real library, asking a port where nobody listens: some of its calls try again for half a minute."""
+    script = (
+        "import time, cobra\n"
+        "start = time.monotonic()\n"
+        "try: cobra.load('cobra-3b')\n"
+        "except cobra.errors.CheckpointError as error: print(error)\n"
+        "print(time.monotonic() - start)"
+    )
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", f"import cobra.errors, cobra.api\n{script}"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    message, seconds = done.stdout.splitlines()
+    assert "model=han1997/cobra: not on this machine, and the Hugging Face Hub cannot be reached (" in message
+    assert "'han1997/cobra' below the folder that the environment variable COBRA_WEIGHTS names" in message
+    assert float(seconds) < 10
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_hub_that_refuses_is_told_from_no_network(stand_in: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused(huggingface_hub.errors.HfHubHTTPError):
+        def __init__(self) -> None:
+            Exception.__init__(self, "401 Client Error.")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise Refused
+
+    monkeypatch.setattr(stand_in, "model_info", refuse)
+    with pytest.raises(CheckpointError, match=r"Hub does not give it \(401 Client Error\)"):
+        resolve("org/name")
+
+
+def test_what_is_in_the_way_of_a_model_is_named(stand_in: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = tmp_path / "shelf"
+    (shelf / "run" / "checkpoints").mkdir(parents=True)
+    (shelf / "run" / "config.json").write_text("{}")
+    (shelf / "run" / "checkpoints" / "latest-checkpoint.pt").symlink_to("step-7.pt")
+    (shelf / "cobra-3b").write_text("")
+    (shelf / "mamba").mkdir()
+    (shelf / "mamba" / "config.json").write_text('{"d_model": 32}')  # with its weights under a name of their own
+    monkeypatch.setenv(hub.WEIGHTS_VARIABLE, str(shelf))
+    for name, message in (
+        ("cobra-3b", "model=cobra-3b: .*shelf/cobra-3b is a file, and a model is a folder"),
+        (shelf / "cobra-3b", "shelf/cobra-3b is a file, and a model is a folder"),
+        ("run", r"latest-checkpoint.pt is a link to step-7.pt, which is missing"),
+        ("mamba", "holds a language model alone"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            cobra.load(name)
+    assert not stand_in.downloads
+
+
+@pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])
+def test_mamba_on_the_hub_is_converted(
+    stand_in: Hub, small_model: CobraVLM, tokenizer: Tokenizer, tmp_path: Path, weights: str
+) -> None:
+    """cobra.load asks for a model's own files; a Mamba's weights have other names."""
+    write = write_original_mamba if weights.endswith(".bin") else write_hugging_face_mamba
+    (stand_in.root / "org" / "mamba").mkdir(parents=True)
+    write(small_model.llm, tokenizer.file, stand_in.root / "org" / "mamba")
+    convert("org/mamba", tmp_path / "out", "hf-mamba")
+    assert weights in stand_in.downloads
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(found["backbone.embeddings.weight"], small_model.llm.backbone.embedding.weight)
 
 
 def test_interrupted_download_leaves_no_model(stand_in: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,5 +327,56 @@ def test_settings_files_are_checked(small_model: CobraVLM, tokenizer: Tokenizer,
             cobra.load(tmp_path / "ours", vision=tmp_path / "x.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
         cobra.load(tmp_path / "ours", llm=tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match=r"llm='a\\x00b' is not the path of a YAML file"):
+        cobra.load(tmp_path / "ours", llm="a\0b")
     changed = cobra.load(tmp_path / "ours", device="cpu", vision={"resize": "letterbox"}, llm={"prompt": "mamba"})
     assert changed.model.vision.transform.strategy == "letterbox" and "In:" in changed.prompt.question("?")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"llm": [1]}, r"llm=\[1\] is of type list.*such as llm=\{'tokenizer'"),
+        ({"vision": [{"weights": "random"}]}, r"vision=.* is of type list.*such as vision=\{'towers'"),
+        ({"vision": 7}, "vision=7 is of type int"),
+        ({"llm": {1: 2}}, "llm must hold settings by name"),
+        ({"llm": {"d_modle": 4}}, r"Unknown setting 'llm\.d_modle'\. Did you mean 'd_model'"),
+        ({"llm": {"prompt": "chatml"}}, r"^llm\.prompt='chatml' is not known; choose one of zephyr, mamba"),
+        ({"llm": {"d_model": "4"}}, r"llm\.d_model='4' is not of type int"),
+        ({"vision": {"resize": "stretch"}}, r"^vision\.resize='stretch'"),
+        ({"vision": {"towers": [{"weights": "random"}]}}, r"vision\.towers\[0\]\.timm is not set"),
+        ({"vision": {"towers": "vit"}}, r"vision\.towers='vit' is not of type list"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["cobra", "public"])
+def test_wrong_overrides_are_named(
+    small_model: CobraVLM, tokenizer: Tokenizer, tmp_path: Path, given: dict[str, Any], message: str, layout: str
+) -> None:
+    if layout == "cobra":
+        save_model_folder(small_model, tokenizer.file, tmp_path)
+    else:
+        write_public_run(small_model, tokenizer.file, tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        cobra.load(tmp_path, **given)
+
+
+def test_overrides_without_effect_are_refused(small_model: CobraVLM, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ours, public = tmp_path / "ours", tmp_path / "public"
+    save_model_folder(small_model, tokenizer.file, ours)
+    public.mkdir()
+    write_public_run(small_model, tokenizer.file, public)
+    parts = {part: yaml.safe_load((public / f"{part}.yaml").read_text()) for part in ("vision", "llm")}
+    for key in ("vision", "llm"):
+        given = {key: parts[key] | ({"weights": "absent.bin"} if key == "llm" else {})}
+        with pytest.raises(ConfigError, match=rf"{key}\..*weights: no effect, as .*ours/model\.safetensors holds"):
+            cobra.load(ours, **given)
+    parts["vision"]["towers"] = [
+        tower | {"weights": str(public / tower["weights"])} for tower in parts["vision"]["towers"]
+    ]
+    parts["llm"]["tokenizer"] = str(tokenizer.file)
+    assert cobra.load(public, device="cpu", **parts).name == small_model.config.name
+    with pytest.raises(ConfigError, match=r"llm\.weights: no effect, as .*latest-checkpoint\.pt holds"):
+        cobra.load(public, vision=parts["vision"], llm=parts["llm"] | {"weights": "absent.bin"})
+    blind = {"towers": [tower | {"weights": "random"} for tower in parts["vision"]["towers"]]}
+    with pytest.raises(ConfigError, match=r"vision\.towers\[0\]\.weights='random' would make a blind model"):
+        cobra.load(public, vision=blind, llm=parts["llm"])

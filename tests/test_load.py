@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,15 @@ import torch
 from PIL import Image
 
 import cobra
+from cobra.config import EvaluateConfig, PathsConfig, PretrainConfig
+from cobra.eval.benchmarks.easyvqa import EasyVQA
+from cobra.eval.run import evaluate
 from cobra.models.image import ImageTransform
+from cobra.models.public import LLMS, VISION, public_config
+from cobra.train.run import pretrain
 
 TOLERANCE = 1e-4
+VISION_ID, LLM_ID = "dinosiglip-vit-so-384px", "mamba-2.8b-zephyr"
 QUESTION = "What color is the circle in the picture?"
 
 
@@ -168,3 +176,51 @@ def test_public_training_losses_and_gradients(public: PublicRun, batch: str) -> 
     for name, norm in expected["grad_norms"].items():
         gradient = named[name].grad
         assert float(0 if gradient is None else gradient.norm()) == pytest.approx(norm, rel=TOLERANCE, abs=TOLERANCE)
+
+
+@pytest.fixture
+def named(public: PublicRun, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run's folder, for commands that take no overrides: its ids stand for the fixture's small parts."""
+    monkeypatch.setitem(VISION, VISION_ID, public.vision["towers"])
+    monkeypatch.setitem(LLMS, LLM_ID, LLMS[LLM_ID] | public.llm)
+    return public.folder
+
+
+def test_public_run_is_evaluated(public: PublicRun, named: Path, tmp_path: Path) -> None:
+    pytest.importorskip("easy_vqa")
+    paths = PathsConfig(results=str(tmp_path / "results"))
+    config = EvaluateConfig(paths=paths, load=str(named), limit=6, batch_size=4, device="cpu")
+    benchmark = EasyVQA(folder=str(tmp_path / "easyvqa"))
+    scores = evaluate(config, benchmark)
+    folder = tmp_path / "results" / "easyvqa" / named.name
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == scores.overall.total == 6
+    asked = {question.id: question for question in benchmark.questions()}
+    vlm = public.load()
+    for row in rows:
+        question = asked[row["question_id"]]
+        assert row["prediction"] == vlm.generate(question.image, question.text, max_new_tokens=benchmark.max_new_tokens)
+    assert evaluate(config, benchmark) == scores
+    assert json.loads((folder / "results.json").read_text())["asked_now"] == 0
+
+
+def test_training_starts_from_a_public_run(
+    public: PublicRun,
+    named: Path,
+    tiny_config: Callable[..., PretrainConfig],
+    small_run: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Given as a folder, or by its place below COBRA_WEIGHTS."""
+    monkeypatch.setenv("COBRA_WEIGHTS", str(tmp_path))
+    (tmp_path / "released").symlink_to(named)
+    settings = ["train.max_steps=1", "train.learning_rate=1e-30", "parallel.precision=fp32"]
+    expected = public.load().model.state_dict()
+    for i, name in enumerate((str(named), "released")):
+        config = tiny_config(*small_run, *settings, f"run.name=run{i}", f"init_from={name}")
+        config = replace(config, model=replace(public_config(named, None, None), max_length=64))
+        found = cobra.load(pretrain(config), device="cpu").model.state_dict()
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():  # the rate is too small to move anything but an exact 0
+            torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-20)

@@ -29,7 +29,21 @@ _OWN_FILES = {
 
 
 def check_replaceable(folder: Path, source: Path | None = None) -> None:
-    """Raise CheckpointError unless `folder` is absent, or holds a model and nothing else, `source` least of all."""
+    """Make sure that a model may be written to `folder`, in place of whatever is there.
+
+    Raises:
+        CheckpointError: it cannot be made; or it is there and holds something else than a model, or `source`, or the
+            current folder.
+    """
+    try:
+        place = folder.resolve()
+        around = next(path for path in (place, *place.parents) if path.exists())
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL byte; too long
+        raise CheckpointError(f"{str(folder)[:200]!r} is not a folder that can be written: {error}.") from None
+    if Path.cwd().is_relative_to(place):
+        raise CheckpointError(f"{folder} is the current folder or around it; name a new folder for the model.")
+    if around != place and not around.is_dir():
+        raise CheckpointError(f"{folder} cannot be made, because {around} is a file; choose another place.")
     if not folder.exists() and not folder.is_symlink():
         return
     if folder.is_symlink() or not folder.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,14 +14,23 @@ from cobra.hub import resolve_weights
 from cobra.models.mamba import MambaLM
 from cobra.models.readers import Weights, read_weights
 from cobra.models.vision import VisionTower
-from cobra.models.weights import TIED, fill
+from cobra.models.weights import STORED_DTYPES, TIED, fill, is_finite, not_finite
 
 EMBEDDING = "backbone.embedding.weight"
 
 # Training files wrap the weights: {"state_dict": ..., "epoch": ...}. Averaged ones first, as timm does.
 _WRAPPERS = ("state_dict_ema.", "model_ema.", "state_dict.", "model.")
-# What comes after the last block: the features are taken before it, so a tower may lack it.
-_AFTER_THE_BLOCKS = ("head.", "head_dist.", "attn_pool.", "fc_norm.", "norm.")
+# What may stand beside the weights in a training file, and is of no use here.
+_TRAINING_STATE = (
+    "optimizer", "optimizers", "optimizer_states", "lr_scheduler", "lr_schedulers", "scheduler", "scaler", "amp_scaler",
+    "callbacks", "loops", "rng", "rng_state", "epoch", "step", "iteration",
+)  # fmt: skip
+# What timm's models have behind their last block: final norm, pooling, classifier. Features are taken before it and a
+# tower is built without a classifier, so a file may hold it in vain. By full names, so that nothing else hides there.
+_BEHIND_THE_BLOCKS = re.compile(
+    r"(norm|fc_norm|head|head_dist)\.(weight|bias)"
+    r"|attn_pool\.(latent|pos_embed|(q|k|v|kv|proj|norm|q_norm|k_norm|mlp\.\w+)\.(weight|bias))"
+)
 
 
 def load_tower(
@@ -39,14 +49,26 @@ def load_tower(
     name = config.weights
     if name == "timm":
         name = _published(tower.model.pretrained_cfg, config.timm)  # type: ignore[arg-type]
-    weights = unwrapped(read_weights(resolve_weights(name, setting)))
+    weights = tower_weights(tower, unwrapped(read_weights(resolve_weights(name, setting))), config.timm)
+    fill(tower.model, weights, device=device, dtype=dtype)
+
+
+def tower_weights(tower: VisionTower, weights: Weights, name: str) -> Weights:
+    """Return a timm checkpoint's weights as the tower's model wants them, without what lies behind its last block.
+
+    Raises:
+        CheckpointError: timm cannot adapt them to its model `name`.
+    """
     try:
         tensors = tower.adapt_weights(weights)
     except (RuntimeError, KeyError, ValueError, AttributeError, IndexError, AssertionError) as error:
-        raise CheckpointError(f"{weights.origin} does not fit {config.timm}: {error}") from None
+        raise CheckpointError(
+            f"{weights.origin} does not fit {name}: {error}. Name the model that it was written by as "
+            "model.vision.towers[].timm, or weights of this one."
+        ) from None
     wanted = tower.model.state_dict()
-    kept = {key: value for key, value in tensors.items() if key in wanted or not key.startswith(_AFTER_THE_BLOCKS)}
-    fill(tower.model, Weights.of(kept, weights.origin), device=device, dtype=dtype)
+    kept = {key: value for key, value in tensors.items() if key in wanted or not _BEHIND_THE_BLOCKS.fullmatch(key)}
+    return Weights.of(kept, weights.origin, weights.source(""))
 
 
 def _published(pretrained_cfg: Mapping[str, Any], name: str) -> str:
@@ -60,15 +82,23 @@ def _published(pretrained_cfg: Mapping[str, Any], name: str) -> str:
 
 
 def unwrapped(weights: Weights) -> Weights:
-    """Return the weights inside a training file's wrapping, without prefixes of data-parallel or compiled modules."""
-    for prefix in _WRAPPERS:
-        if any(name.startswith(prefix) for name in weights):
-            weights = weights.below(prefix)
-            break
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
-        if weights and all(name.startswith(prefix) for name in weights):
-            weights = weights.below(prefix)
-    return weights
+    """Return the weights inside a training file's wrapping, without prefixes of data-parallel or compiled modules.
+
+    What lies beside the wrapped weights keeps its name, and so fits no model, unless it is known training state.
+    """
+    prefix = next((wrapper for wrapper in _WRAPPERS if any(name.startswith(wrapper) for name in weights)), "")
+    ignored = {wrapper.removesuffix(".") for wrapper in _WRAPPERS} | {*_TRAINING_STATE} if prefix else set[str]()
+    inside = [name for name in weights if name.startswith(prefix)]
+    for added in ("_orig_mod.", "module.", "_orig_mod."):
+        if inside and all(name.startswith(prefix + added) for name in inside):
+            prefix += added
+
+    def rename(name: str) -> str | None:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+        return None if name.split(".")[0] in ignored else name
+
+    return weights.renamed(rename, prefix)
 
 
 def load_llm(
@@ -90,17 +120,34 @@ def mamba_weights(weights: Weights) -> Weights:
     """
     weights = unwrapped(weights)
     if any(name.startswith("llm.") for name in weights):  # a whole model of ours
-        weights = weights.below("llm.")
+        others = ("vision.", "projector.")
+        weights = weights.renamed(lambda name: None if name.startswith(others) else name.removeprefix("llm."), "llm.")
     weights = weights.renamed(lambda name: name.replace("backbone.embeddings.", "backbone.embedding.", 1))
     if TIED in weights and EMBEDDING not in weights:
         weights = weights.renamed(lambda name: EMBEDDING if name == TIED else name)
-    if TIED in weights and not torch.equal(weights[TIED], weights[EMBEDDING]):
-        raise CheckpointError(
-            f"{weights.origin}: {TIED} {list(weights.shapes[TIED])} is not equal to {EMBEDDING} "
-            f"{list(weights.shapes[EMBEDDING])}; Mamba's output head is tied to its embedding here, so this model "
-            "cannot be read without changing it."
-        )
+    if TIED in weights and is_finite(weights[EMBEDDING]):  # else that is what `fill` says, with all other such names
+        _check_tied(weights)
     return weights.renamed(lambda name: None if name == TIED else name)
+
+
+def _check_tied(weights: Weights) -> None:
+    """Raise CheckpointError unless the head is the embedding, which may be stored with more bits, or with fewer."""
+    head, embedding = weights[TIED], weights[EMBEDDING]
+    if not is_finite(head):
+        raise not_finite(weights.origin, [weights.source(TIED)])
+    if head.shape == embedding.shape and {head.dtype, embedding.dtype} <= {*STORED_DTYPES}:
+        fewer = min(head.dtype, embedding.dtype, key=lambda dtype: dtype.itemsize)
+        rows = zip(head.split(4096), embedding.split(4096), strict=True)  # a cast tensor is memory; few rows are little
+        if all(torch.equal(one.to(fewer), other.to(fewer)) for one, other in rows):
+            return
+    described = [
+        f"{weights.source(name)} {list(weights.shapes[name])} {weights.dtypes[name]}".replace("torch.", "")
+        for name in (TIED, EMBEDDING)
+    ]
+    raise CheckpointError(
+        f"{weights.origin}: {described[0]} is not equal to {described[1]}; Mamba's output head is tied to its "
+        "embedding here, so this model cannot be read without changing it. Use a model whose head is tied."
+    )
 
 
 def mamba_sizes(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
@@ -109,29 +156,46 @@ def mamba_sizes(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     Raises:
         CheckpointError: it describes no Mamba-1, or one with parts that ours does not have.
     """
-    inner: Mapping[str, Any] = config.get("ssm_cfg") or {}
+    inner = config.get("ssm_cfg") or {}
+    if not isinstance(inner, Mapping):
+        raise CheckpointError(f"{origin}: ssm_cfg={inner!r} must be an object of sizes, or left out.")
     is_original = "d_model" in config
     keys = {
         "d_model": "d_model" if is_original else "hidden_size",
         "num_layers": "n_layer" if is_original else "num_hidden_layers",
         "vocab_size": "vocab_size",
     }
-    missing = [key for key in keys.values() if not isinstance(config.get(key), int)]
+    missing = [key for key in keys.values() if key not in config]
     if missing:
         raise CheckpointError(f"{origin} does not describe a Mamba: it lacks {', '.join(missing)}.")
-    sizes: dict[str, Any] = {ours: config[theirs] for ours, theirs in keys.items()}
     optional = (
         {"d_state": "d_state", "d_conv": "d_conv", "expand": "expand", "dt_rank": "dt_rank"}
         if is_original
         else {"d_state": "state_size", "d_conv": "conv_kernel", "expand": "expand", "dt_rank": "time_step_rank"}
     )
     source = inner if is_original else config
-    sizes |= {ours: source[theirs] for ours, theirs in optional.items() if source.get(theirs) not in (None, "auto")}
+    given = {theirs: config[theirs] for theirs in keys.values()}
+    given |= {key: source[key] for key in optional.values() if source.get(key) not in (None, "auto")}
+    sizes: dict[str, Any] = {ours: given[theirs] for ours, theirs in (keys | optional).items() if theirs in given}
     for key in ("norm_epsilon", "layer_norm_epsilon"):
         if key in config:
-            sizes["norm_eps"] = float(config[key])
+            sizes["norm_eps"] = given[key] = config[key]
     # In the Hugging Face layout the vocabulary is what the embedding has rows, padding included.
-    sizes["pad_vocab_multiple"] = config.get("pad_vocab_size_multiple", 8) if is_original else 1
+    sizes["pad_vocab_multiple"] = 1
+    if is_original:
+        sizes["pad_vocab_multiple"] = given["pad_vocab_size_multiple"] = config.get("pad_vocab_size_multiple", 8)
+    wrong = [
+        f"{key}={value!r}"
+        for key, value in given.items()
+        if isinstance(value, bool)
+        or not isinstance(value, (int, float) if key.endswith("epsilon") else int)
+        or not 0 < value < float("inf")
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{origin}: {', '.join(wrong)} must be numbers above 0, and whole ones but for the epsilon; fetch the file "
+            "again, or correct them."
+        )
     refused = [
         f"{key}={value!r}"
         for key, value, allowed in (

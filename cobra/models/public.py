@@ -1,7 +1,7 @@
 """Runs of the public Cobra release: `config.json` and `checkpoints/latest-checkpoint.pt`, read and written.
 
-Their config names parts by ids; the tables here say what the ids stand for. Weights of the vision encoders are not in
-such a run: they come from timm.
+Their config names parts by ids; the tables here say what the ids stand for. Only runs of the stage full-finetune hold
+weights of the vision encoders; those of the others come from timm.
 """
 
 from __future__ import annotations
@@ -12,28 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cobra.config import LLMConfig, ModelConfig, ProjectorConfig, VisionConfig, as_config, nearest
 from cobra.errors import CheckpointError, ConfigError
-from cobra.models.pretrained import load_llm, load_tower, mamba_weights
-from cobra.models.readers import read_json, read_weights
+from cobra.models.pretrained import load_llm, load_tower, mamba_weights, tower_weights, unwrapped
+from cobra.models.readers import Weights, read_json, read_weights
 from cobra.models.vision import VisionTower
 from cobra.models.vlm import CobraVLM
-from cobra.models.weights import fill, parameters_on_meta, self_contained
+from cobra.models.weights import check_keys, fill_parts, parameters_on_meta, self_contained
 
 CHECKPOINT = Path("checkpoints") / "latest-checkpoint.pt"
+_PREFIXES = ("projector.", "llm_backbone.", "vision_backbone.")  # of names in the checkpoint's `model`
 
 
-def _tower(timm: str, image_size: int, **args: object) -> dict[str, Any]:
+def _tower(timm: str, image_size: int) -> dict[str, Any]:
     # 384 pixels are no multiple of the patch size 14: the public weights never saw the last 6.
-    return {"timm": timm, "image_size": image_size, "ignore_rest": image_size == 384, "args": args}
+    return {"timm": timm, "image_size": image_size, "ignore_rest": "patch14" in timm and image_size % 14 > 0}
 
 
 # OpenAI trained CLIP with the quick approximation of GELU. SigLIP's tags are named: timm's default is now SigLIP 2.
 _DINOV2 = "vit_large_patch14_reg4_dinov2.lvd142m"
 _SIGLIP_384 = _tower("vit_so400m_patch14_siglip_384.webli", 384)
 _SIGLIP_224 = _tower("vit_so400m_patch14_siglip_224.webli", 224)
-_CLIP_336 = _tower("vit_large_patch14_clip_336.openai", 336, act_layer="quick_gelu")
+_CLIP_336 = _tower("vit_large_patch14_clip_quickgelu_336.openai", 336)
 
 VISION = {
     "dinosiglip-vit-so-384px": [_tower(_DINOV2, 384), _SIGLIP_384],
@@ -45,8 +47,8 @@ VISION = {
     "siglip-vit-b16-256px": [_tower("vit_base_patch16_siglip_256.webli", 256)],
     "siglip-vit-b16-384px": [_tower("vit_base_patch16_siglip_384.webli", 384)],
     "dinov2-vit-l": [_tower(_DINOV2, 224)],
-    "clip-vit-b": [_tower("vit_base_patch16_clip_224.openai", 224, act_layer="quick_gelu")],
-    "clip-vit-l": [_tower("vit_large_patch14_clip_224.openai", 224, act_layer="quick_gelu")],
+    "clip-vit-b": [_tower("vit_base_patch16_clip_quickgelu_224.openai", 224)],
+    "clip-vit-l": [_tower("vit_large_patch14_clip_quickgelu_224.openai", 224)],
     "clip-vit-l-336px": [_CLIP_336],
     "in1k-vit-l": [_tower("vit_large_patch16_224.augreg_in21k_ft_in1k", 224)],
 }
@@ -108,6 +110,13 @@ def public_config(folder: Path, vision: Mapping[str, Any] | None, llm: Mapping[s
         raise CheckpointError(_unknown(file, "vision_backbone_id", vision_id, VISION, "vision={'towers': [...]}"))
     if llm_id not in LLMS and "d_model" not in (llm or {}):
         raise CheckpointError(_unknown(file, "llm_backbone_id", llm_id, LLMS, "llm={'d_model': ..., ...}"))
+    max_length = model.get("llm_max_length")
+    max_length = 2048 if max_length is None else max_length
+    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
+        raise CheckpointError(
+            f"{file}: llm_max_length={max_length!r} must be a whole number of tokens above 0, such as 2048; "
+            "correct it, or leave it out."
+        )
     towers = {"towers": VISION[vision_id]} if vision_id in VISION else {}
     try:
         return ModelConfig(
@@ -115,7 +124,7 @@ def public_config(folder: Path, vision: Mapping[str, Any] | None, llm: Mapping[s
             vision=as_config(VisionConfig, towers | {"resize": resize} | dict(vision or {})),
             projector=ProjectorConfig(kind=kind),
             llm=as_config(LLMConfig, LLMS.get(llm_id, {}) | dict(llm or {})),
-            max_length=int(model.get("llm_max_length") or 2048),
+            max_length=max_length,
         )
     except ConfigError as error:
         raise CheckpointError(f"{file} and the vision= and llm= beside it do not describe a model: {error}") from None
@@ -133,34 +142,71 @@ def load_public_run(
 ) -> CobraVLM:
     """Build the model of a public run with its weights; `config` is what `public_config` made of it.
 
+    Encoders that the run itself holds, as it does after the stage full-finetune, win over those that the config names.
+
     Raises:
-        CheckpointError: weights are missing, damaged or do not fit.
+        CheckpointError: weights are missing, damaged or do not fit; all the run's keys that do not are listed together.
     """
-    weights = read_weights(folder / CHECKPOINT)
-    projector, llm = weights.below("model.projector."), weights.below("model.llm_backbone.")
+    weights = unwrapped(read_weights(folder / CHECKPOINT))
+    projector, llm, vision = map(weights.below, _PREFIXES)
     if not projector:
-        raise CheckpointError(f"{folder / CHECKPOINT} holds no model.projector; it is no public Cobra checkpoint.")
-    others = {name.split(".")[0] for name in weights.below("model.")} - {"projector", "llm_backbone"}
-    if others:
         raise CheckpointError(
-            f"{folder / CHECKPOINT} also holds {', '.join(sorted(others))}, which is not read here, and "
-            "without it the model would be another. Convert it to timm files for vision=, and remove it from the file."
+            f"{folder / CHECKPOINT} holds no model.projector; it is no public Cobra checkpoint. Fetch the run again."
         )
-    first = weights.shapes.get("model.projector.projector.0.weight", ())
-    if config.projector.kind.startswith(("fused", "ldp")) and len(first) == 2 and first[0] % first[1] == 0:
-        config = replace(config, projector=replace(config.projector, expansion=first[0] // first[1]))  # told by no id
+    first = projector.shapes.get("projector.0.weight", ())
+    if config.projector.kind.startswith(("fused", "ldp")) and len(first) == 2 and 0 not in first:
+        expansion, rest = divmod(*first)  # told by no id
+        if rest == 0:
+            config = replace(config, projector=replace(config.projector, expansion=expansion))
     with parameters_on_meta():
         model = CobraVLM(self_contained(config))  # vision weights are loaded below, not by timm
     model.config = config
-    for i, tower_config in enumerate(config.vision.towers):
-        tower: VisionTower = model.vision.towers[i]  # type: ignore[assignment]
-        load_tower(tower, tower_config, f"vision.towers[{i}].weights", device=device, dtype=dtype)
-    fill(model.projector, projector, device=device, dtype=dtype)
+    strays = weights.renamed(lambda name: None if name.startswith(_PREFIXES) else name)
+    parts: list[tuple[nn.Module, Weights]] = [(model.projector, projector), (nn.Module(), strays)]
     if llm:
-        fill(model.llm, mamba_weights(llm), device=device, dtype=dtype)
-    else:  # after the align stage only the projector is stored
+        parts.append((model.llm, mamba_weights(llm)))
+    if vision:
+        parts += _trained_towers(model, vision)
+    check_keys(parts)  # before the files of other parts are fetched; the run's own weights are read last
+    if not llm:  # after the align stage only the projector is stored
         load_llm(model.llm, config.llm.weights, "llm.weights", device=device, dtype=dtype)
+    if not vision:
+        for i, (tower, settings) in enumerate(zip(model.vision.towers, config.vision.towers, strict=True)):
+            load_tower(tower, settings, f"vision.towers[{i}].weights", device=device, dtype=dtype)  # type: ignore[arg-type]
+    fill_parts(parts, device=device, dtype=dtype)
     return model.to(device)
+
+
+def featurizers(config: VisionConfig) -> list[str]:
+    """Return what the public release calls the towers inside `vision_backbone`: DINOv2 comes first where there are two.
+
+    Raises:
+        CheckpointError: it has no names for so many.
+    """
+    if len(config.towers) > 2:
+        raise CheckpointError(
+            f"The public layout has names for the trained weights of one or two encoders, not for {len(config.towers)}."
+        )
+    if len(config.towers) == 1:
+        return ["featurizer"]
+    return ["dino_featurizer", "clip_featurizer" if "_clip_" in config.towers[1].timm else "siglip_featurizer"]
+
+
+def _trained_towers(model: CobraVLM, vision: Weights) -> list[tuple[nn.Module, Weights]]:
+    """Return the towers with their weights from a run's `vision_backbone`."""
+    names = featurizers(model.config.vision)
+    others = sorted({name.split(".")[0] for name in vision} - {*names})
+    if others:
+        raise CheckpointError(
+            f"{vision.origin} also holds {', '.join(f'vision_backbone.{name}' for name in others)}; the towers of this "
+            f"config are called {', '.join(names)} there. Give vision= with the towers that the run was trained with, "
+            "in their order."
+        )
+    parts: list[tuple[nn.Module, Weights]] = []
+    for name, tower, settings in zip(names, model.vision.towers, model.config.vision.towers, strict=True):
+        assert isinstance(tower, VisionTower)
+        parts.append((tower.model, tower_weights(tower, vision.below(f"{name}."), settings.timm)))
+    return parts
 
 
 def public_ids(config: ModelConfig) -> dict[str, Any]:
@@ -175,26 +221,16 @@ def public_ids(config: ModelConfig) -> dict[str, Any]:
             f"grid={config.projector.grid}; it knows {', '.join(kinds)}, with grid null. Use to=cobra."
         )
 
-    def outline(vision: VisionConfig) -> list[object]:
-        return [(tower.timm.split(".")[0], tower.image_size, tower.args) for tower in vision.towers]
+    def encoders(vision: VisionConfig) -> list[object]:
+        return [(tower.timm.split(".")[0], tower.image_size, tower.layer, tower.args) for tower in vision.towers]
 
-    vision_id = next(
-        (
-            name
-            for name, towers in VISION.items()
-            if outline(as_config(VisionConfig, {"towers": towers})) == outline(config.vision)
-        ),
-        "custom",
-    )
-    plain = replace(config.llm, weights="random", tokenizer="")
-    llm_id = next(
-        (
-            name
-            for name, sizes in LLMS.items()
-            if replace(as_config(LLMConfig, sizes), weights="random", tokenizer="", dt_rank=plain.dt_rank) == plain
-        ),
-        "custom",
-    )
+    def sizes(llm: LLMConfig) -> LLMConfig:
+        return replace(llm, weights="random", tokenizer="", init="mamba", dt_rank=llm.rank)
+
+    visions = {name: encoders(as_config(VisionConfig, {"towers": towers})) for name, towers in VISION.items()}
+    llms = {name: sizes(as_config(LLMConfig, settings)) for name, settings in LLMS.items()}
+    vision_id = next((name for name, parts in visions.items() if parts == encoders(config.vision)), "custom")
+    llm_id = next((name for name, llm in llms.items() if llm == sizes(config.llm)), "custom")
     if llm_id == "mamba-2.8b":  # the same sizes as slimpj: which of the two it was is not known
         llm_id = "mamba-2.8b-slimpj"
     return {

@@ -10,11 +10,13 @@ import json
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from cobra.errors import CheckpointError
@@ -22,16 +24,35 @@ from cobra.errors import CheckpointError
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-_RELEASE_AFTER = 2**28  # bytes read from one mapping of a file before its pages are given back
+_RELEASE_AFTER = 2**30  # bytes read from one mapping of a file before its pages are given back, at some 50 ms each
+_MAX_DEPTH = 32  # of containers in a .pt; training files have at most six or so
+_MAX_CONTAINERS = 2**20
+_NODES = (Tensor, Mapping, list, tuple)
 
 
 class Weights(Mapping[str, Tensor]):
-    """Named tensors of one or several files; reading a name gives a tensor that may still be the file's own memory."""
+    """Named tensors of one or several files; reading a name gives a tensor that may still be the file's own memory.
 
-    def __init__(self, origin: str, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> None:
+    Attributes:
+        origin: the file, or the index of several.
+        shapes: of every tensor, known without reading it.
+        dtypes: likewise.
+    """
+
+    def __init__(
+        self,
+        origin: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, torch.dtype],
+        read: Callable[[str], Tensor],
+        prefix: str = "",
+    ) -> None:
         self.origin = origin
         self.shapes = dict(shapes)
+        self.dtypes = dict(dtypes)
         self._read = read
+        self._prefix = prefix
+        self._sources: dict[str, str] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.shapes:
@@ -45,12 +66,21 @@ class Weights(Mapping[str, Tensor]):
         return len(self.shapes)
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], origin: str) -> Weights:
-        """Wrap tensors that are in memory already."""
-        return cls(origin, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
+    def of(cls, tensors: Mapping[str, Tensor], origin: str, prefix: str = "") -> Weights:
+        """Wrap tensors that are in memory already; in the file, their names begin with `prefix`."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return cls(origin, shapes, {name: t.dtype for name, t in tensors.items()}, tensors.__getitem__, prefix)
 
-    def renamed(self, rename: Callable[[str], str | None]) -> Weights:
+    def source(self, name: str) -> str:
+        """Return what the file calls a tensor, or would call one that it lacks."""
+        return self._sources.get(name, self._prefix + name)
+
+    def renamed(self, rename: Callable[[str], str | None], prefix: str = "") -> Weights:
         """Return the same tensors under other names; those for which `rename` gives None are left out.
+
+        Args:
+            rename: from a name to the new one.
+            prefix: what it takes off the names: `source` puts it before those that the file lacks.
 
         Raises:
             CheckpointError: two tensors would have the same name.
@@ -59,13 +89,35 @@ class Weights(Mapping[str, Tensor]):
         for old in self.shapes:
             new = rename(old)
             if new is not None and old_names.setdefault(new, old) != old:
-                raise CheckpointError(f"{self.origin} has both {old_names[new]} and {old}, which mean the same tensor.")
-        shapes = {new: self.shapes[old] for new, old in old_names.items()}
-        return Weights(self.origin, shapes, lambda name: self._read(old_names[name]))
+                both = f"{self.source(old_names[new])} and {self.source(old)}"
+                raise CheckpointError(f"{self.origin} has both {both}, which mean the same tensor; remove one of them.")
+        view = copy(self)
+        view.shapes = {new: self.shapes[old] for new, old in old_names.items()}
+        view.dtypes = {new: self.dtypes[old] for new, old in old_names.items()}
+        view._sources = {new: self.source(old) for new, old in old_names.items()}
+        view._prefix = self._prefix + prefix
+        view._read = lambda name: self._read(old_names[name])
+        return view
 
     def below(self, prefix: str) -> Weights:
         """Return the tensors whose names begin with `prefix`, without it."""
-        return self.renamed(lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
+        return self.renamed(lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None, prefix)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever a library raises inside, over a file that is no such file or damaged, into a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing.") from None
+    except Exception as error:  # a damaged file makes torch raise almost anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path} cannot be read ({reason}); it may be cut short. Fetch or write it again."
+        ) from None
 
 
 def read_weights(path: Path) -> Weights:
@@ -76,7 +128,7 @@ def read_weights(path: Path) -> Weights:
     """
     if path.is_dir():
         return _read_folder(path)
-    if not path.is_file():
+    if not _is_file(path):
         raise CheckpointError(f"{path} is missing.")
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 
@@ -91,11 +143,20 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}. Fetch or write it again.") from None
+    except RecursionError:
+        raise CheckpointError(f"{path} is nested too deeply to be read; fetch or write it again.") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(content).__name__}.")
     return content
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for any file
+        return False
 
 
 def _read_folder(folder: Path) -> Weights:
@@ -124,39 +185,46 @@ def _read_shards(index: Path) -> Weights:
     outside = [name for name in names if Path(name).name != name or name in ("", ".", "..")]
     if outside:
         raise CheckpointError(f"{index} points outside its folder, to {outside[0]!r}; shards must lie beside it.")
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    missing = [name for name in names if not _is_file(index.parent / name)]
     if missing:
         raise CheckpointError(f"{index} names {len(missing)} files that are missing: {', '.join(missing)}. Fetch them.")
     shards = {name: read_weights(index.parent / name) for name in names}
     absent = [f"{tensor} ({shard})" for tensor, shard in mapped.items() if tensor not in shards[shard]]
     if absent:
-        raise CheckpointError(f"{index} names tensors that are not in their shards: {', '.join(absent[:8])}.")
+        raise CheckpointError(
+            f"{index} names tensors that are not in their shards: {', '.join(absent)}. Fetch the index and these files "
+            "again."
+        )
+    extra = [f"{tensor} ({name})" for name, shard in shards.items() for tensor in shard if mapped.get(tensor) != name]
+    if extra:
+        raise CheckpointError(
+            f"{index} does not name tensors that its shards hold: {', '.join(extra)}. Fetch the index again, or write "
+            "the shards without them."
+        )
     shapes = {tensor: shards[shard].shapes[tensor] for tensor, shard in mapped.items()}
-    return Weights(str(index), shapes, lambda name: shards[mapped[name]][name])
+    dtypes = {tensor: shards[shard].dtypes[tensor] for tensor, shard in mapped.items()}
+    return Weights(str(index), shapes, dtypes, lambda name: shards[mapped[name]][name])
 
 
 def _read_safetensors(path: Path) -> Weights:
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(_damaged(path, error)) from None
-
     def read(name: str) -> Tensor:
         # Opened for each tensor: the pages of the ones before it are given back.
-        with safe_open(path, framework="pt") as file:
+        with reading(path), safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
 
-    return Weights(str(path), shapes, read)
+    with reading(path), safe_open(path, framework="pt") as file:  # a tensor is mapped, its values are not read
+        mapped = Weights.of({name: file.get_tensor(name) for name in file.keys()}, str(path))  # noqa: SIM118
+    return Weights(str(path), mapped.shapes, mapped.dtypes, read)
 
 
 def _read_torch(path: Path) -> Weights:
     file = _TorchFile(path)
-    return Weights(str(path), {name: tuple(tensor.shape) for name, tensor in file.tensors().items()}, file.read)
+    mapped = Weights.of(file.tensors(), str(path))
+    return Weights(str(path), mapped.shapes, mapped.dtypes, file.read)
 
 
 class _TorchFile:
-    """What `torch.save` wrote, mapped into memory; nested dicts of tensors are flattened, with dots."""
+    """What `torch.save` wrote, mapped into memory; nested containers of tensors are flattened, with dots."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -166,7 +234,7 @@ class _TorchFile:
 
     def tensors(self) -> dict[str, Tensor]:
         if self._loaded is None:
-            self._loaded, self._num_bytes = _flatten(self._load()), 0
+            self._loaded, self._num_bytes = _flatten(self._load(), self.path), 0
         return self._loaded
 
     def read(self, name: str) -> Tensor:
@@ -177,29 +245,50 @@ class _TorchFile:
         return tensor
 
     def _load(self) -> Any:
-        try:
-            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._can_map or None)
-        except pickle.UnpicklingError as error:
-            if "Weights only load failed" not in str(error):
-                raise CheckpointError(_damaged(self.path, error)) from None
-            raise CheckpointError(
-                f"{self.path} cannot be read as weights: it is damaged, or holds more than tensors, which may be code "
-                "and is never executed here. Save its state_dict alone, best as safetensors."
-            ) from None
-        except Exception as error:  # a damaged file makes torch raise almost anything
-            raise CheckpointError(_damaged(self.path, error)) from None
+        with reading(self.path):
+            try:
+                return torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._can_map or None)
+            except pickle.UnpicklingError as error:
+                if "Weights only load failed" not in str(error):
+                    raise
+                raise CheckpointError(
+                    f"{self.path} cannot be read as weights: it is damaged, or holds more than tensors, which may be "
+                    "code and is never executed here. Save its state_dict alone, best as safetensors."
+                ) from None
 
 
-def _flatten(node: Any, prefix: str = "") -> dict[str, Tensor]:
-    if isinstance(node, Tensor):
-        return {prefix: node}
+def _flatten(root: object, path: Path) -> dict[str, Tensor]:
+    """Return all tensors in nested containers, in their order.
+
+    Raises:
+        CheckpointError: two have the same dotted name, one has no plain values, or the nesting has no end.
+    """
     flat: dict[str, Tensor] = {}
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    waiting: list[tuple[tuple[str, ...], object]] = [((), root)] if isinstance(root, _NODES) else []
+    num_containers = 0
+    while waiting:
+        keys, node = waiting.pop()
+        if isinstance(node, Tensor):
+            name = ".".join(keys)
+            if name in flat:
+                raise CheckpointError(f"{path} holds two tensors of the name {name}; save a plain state_dict.")
+            flat[name] = _plain(node, name, path)
+            continue
+        num_containers += 1
+        if len(keys) > _MAX_DEPTH or num_containers > _MAX_CONTAINERS:
+            start = ".".join(keys[:4])
+            raise CheckpointError(f"{path} nests its containers without end, below {start}; save the state_dict alone.")
+        items = node.items() if isinstance(node, Mapping) else enumerate(node)  # type: ignore[arg-type]
+        inside = [((*keys, str(key)), item) for key, item in items if isinstance(item, _NODES)]
+        waiting += reversed(inside)
     return flat
 
 
-def _damaged(path: Path, error: Exception) -> str:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"{path} cannot be read ({reason}); it may be cut short. Fetch or write it again."
+def _plain(tensor: Tensor, name: str, path: Path) -> Tensor:
+    """Return the tensor if it has one stored number for each of its places, else raise CheckpointError."""
+    kind = str(tensor.layout).removeprefix("torch.") if tensor.layout != torch.strided else ""
+    kind = kind or ("quantized" if tensor.is_quantized else "nested" if tensor.is_nested else "")
+    kind = kind or ("without values (meta)" if tensor.is_meta else "")
+    if kind:
+        raise CheckpointError(f"{path}: {name} is {kind}, not a dense tensor; save it as one (`to_dense()` and such).")
+    return tensor

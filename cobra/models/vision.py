@@ -30,8 +30,7 @@ class VisionTower(nn.Module):
     """One timm vision transformer, read at one inner block.
 
     It starts with fresh weights, whatever the config names, and never downloads; `models/pretrained.py` loads. Built
-    within `torch.device("meta")` it takes no memory: after giving its parameters memory and values, call
-    `reset_buffers`, as what it keeps beside its parameters is computed, not loaded.
+    within `parameters_on_meta` its weights take no memory, but what it keeps beside them is computed: no file has it.
 
     Attributes:
         width: channels of a patch feature.
@@ -78,23 +77,6 @@ class VisionTower(nn.Module):
             f"{head}.{end}" for head in ([heads] if isinstance(heads, str) else heads) for end in ("weight", "bias")
         }
         return {key: tensor for key, tensor in adapted.items() if key not in dropped}
-
-    @torch.no_grad()
-    def reset_buffers(self, device: torch.device) -> None:
-        """Compute on `device` every buffer that no checkpoint holds: the normalisation, rotary tables and the like."""
-        for name, module in self.model.named_modules():
-            computed = [key for key in module._non_persistent_buffers_set if getattr(module, key, None) is not None]
-            if not computed:
-                continue
-            if not hasattr(module, "init_non_persistent_buffers"):
-                raise ConfigError(
-                    f"timm {timm.__version__} cannot compute {name}.{computed[0]} of {type(self.model).__name__} "
-                    "again; upgrade timm."
-                )
-            for key in computed:
-                setattr(module, key, torch.empty_like(getattr(module, key), device=device))
-            module.init_non_persistent_buffers()  # type: ignore[operator]
-        self._set_normalisation(device)
 
     def _set_normalisation(self, device: torch.device) -> None:
         """Keep mean and standard deviation of a channel, in units of the 256 levels."""
@@ -148,19 +130,16 @@ class VisionEncoder(nn.Module):
         features = [tower(pixels[view]) for tower, view in zip(self.towers, self.transform.view_of_tower, strict=True)]
         return torch.cat(features, dim=-1)
 
-    def reset_buffers(self, device: torch.device) -> None:
-        """Compute on `device` every tower's buffers that no checkpoint holds."""
-        for tower in self.towers:
-            tower.reset_buffers(device)  # type: ignore[operator]
-
 
 def _create(config: TowerConfig) -> nn.Module:
     """Build the timm model and check that it is one that a tower can read."""
     arguments = {"pretrained": False, "num_classes": 0, "img_size": config.image_size}
     try:
         model = timm.create_model(config.timm, **(dict(config.args) | arguments))
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+    except Exception as error:  # timm checks no arguments: a wrong one fails wherever it is used first
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"it knows no {reason}; correct model.vision.towers[].args"
         no_vit = "img_size" in reason and "unexpected keyword" in reason
         hint = f" It is no vision transformer with a fixed image size; {_SUITABLE}" if no_vit else ""
         raise ConfigError(f"timm cannot make {config.timm!r} with {arguments | config.args}: {reason}.{hint}") from None

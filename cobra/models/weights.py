@@ -11,27 +11,30 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cobra.config import ModelConfig, as_config, as_dict
 from cobra.errors import CheckpointError, ConfigError
-from cobra.models.readers import Weights, read_json, read_weights
+from cobra.models.readers import Weights, read_json, read_weights, reading
 from cobra.models.vlm import CobraVLM
 from cobra.runtime import flush_to_disk
 
 TIED = "lm_head.weight"  # the head shares the embedding's weight; it is stored once, under the embedding's name
 # The scan's own parameters: rounding them to 16 bits moves every step of the recurrence.
 KEPT_IN_FLOAT32 = ("A_log", "D", "dt_proj.bias")
+# What parameters may be stored as. The smaller ones (float8) mean nothing without scales, which files keep elsewhere.
+STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MANY = 40  # names of a message; more are grouped
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -40,14 +43,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing, cut short or not safetensors.
     """
-    try:
+    with reading(path):
         return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing.") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}); it may be cut short. Fetch or write it again."
-        ) from None
 
 
 @contextmanager
@@ -80,31 +77,47 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> Non
     fill(module, Weights.of(tensors, origin))
 
 
-@torch.no_grad()
 def fill(
     module: nn.Module, weights: Weights, *, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """Give the parameters and buffers of `module` their values.
+    """Give the parameters and buffers of `module` their values; see `fill_parts`."""
+    fill_parts([(module, weights)], device=device, dtype=dtype)
+
+
+@torch.no_grad()
+def fill_parts(
+    parts: Sequence[tuple[nn.Module, Weights]],
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Give the parameters and buffers of several modules their values, all from one file.
 
     Args:
-        module: a tensor that has memory is copied into as it is; one on the meta device gets memory.
-        weights: every name and shape must fit; a tied head is left out.
+        parts: modules and their weights, of which every name, shape and type must fit; a tied head is left out. A
+            tensor that has memory is copied into as it is; one on the meta device gets memory.
         device: where memory is made; None: the CPU.
         dtype: of parameters that are made, but for the scan's own, which are float32; None: as they are stored.
 
     Raises:
-        CheckpointError: keys are missing, unexpected or of another shape, or values are not finite; all of them are
-            listed, with the file. The module is of no use then.
+        CheckpointError: keys are missing, unexpected, or of another shape or type, or values are not finite; all of
+            them are listed as the file calls them, with the file. The modules are of no use then.
     """
-    wanted = untied_state(module)
-    _check_keys(wanted, weights)
+    check_keys(parts)
+    damaged = [name for module, weights in parts for name in _fill(module, weights, device, dtype)]
+    if damaged:
+        raise not_finite(parts[0][1].origin, damaged)
+
+
+def _fill(module: nn.Module, weights: Weights, device: torch.device | None, dtype: torch.dtype | None) -> list[str]:
+    """Fill a module with weights that fit; return the file's names of those that are not finite."""
     made: dict[int, nn.Parameter] = {}
-    not_finite: list[str] = []
+    damaged: list[str] = []
     parameters = dict(module.named_parameters())
-    for name, target in wanted.items():
+    for name, target in untied_state(module).items():
         source = weights[name]
-        if not _is_finite(source):
-            not_finite.append(name)
+        if not is_finite(source):
+            damaged.append(weights.source(name))
         elif target.is_meta:
             kept = name.endswith(KEPT_IN_FLOAT32)
             chosen = source.dtype if dtype is None else torch.float32 if kept else dtype
@@ -112,45 +125,73 @@ def fill(
             made[id(parameters[name])] = nn.Parameter(new, requires_grad=parameters[name].requires_grad)
         else:
             target.copy_(source)
-    if not_finite:
-        raise CheckpointError(
-            f"{weights.origin} holds NaN or infinite numbers in {_some(not_finite)}; such a model answers nothing. "
-            "Use an earlier checkpoint, or fetch the file again."
-        )
     for child in module.modules():
         for name, parameter in child._parameters.items():
             if id(parameter) in made:  # a tied parameter is met twice and stays tied
                 child._parameters[name] = made[id(parameter)]
+    return damaged
 
 
-def _check_keys(wanted: Mapping[str, Tensor], weights: Weights) -> None:
-    found = weights.shapes
-    misshapen = [
-        f"{name} {list(found[name])} (needs {list(wanted[name].shape)})"
-        for name in sorted(wanted.keys() & found.keys())
-        if found[name] != tuple(wanted[name].shape)
-    ]
-    problems = [
-        f"{what}: {_some(names)}"
-        for what, names in (
-            ("missing", sorted(wanted.keys() - found.keys())),
-            ("unexpected", sorted(found.keys() - wanted.keys())),
-            ("wrong shape", misshapen),
-        )
-        if names
-    ]
-    if problems:
+def check_keys(parts: Sequence[tuple[nn.Module, Weights]]) -> None:
+    """Raise CheckpointError, as `fill_parts` does, if names, shapes or types do not fit; no value is read."""
+    problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "wrong shape": [], "wrong type": []}
+    for module, weights in parts:
+        wanted = untied_state(module)
+        problems["missing"] += [weights.source(name) for name in wanted if name not in weights]
+        problems["unexpected"] += [weights.source(name) for name in weights if name not in wanted]
+        for name, target in wanted.items():
+            if name not in weights:
+                continue
+            shape, dtype = weights.shapes[name], weights.dtypes[name]
+            if shape != tuple(target.shape):
+                problems["wrong shape"].append(f"{weights.source(name)} {list(shape)} (needs {list(target.shape)})")
+            if dtype != target.dtype and not (dtype in STORED_DTYPES and target.dtype in STORED_DTYPES):
+                needed = f"needs a float of 16 bits or more, such as {target.dtype}".replace("torch.", "")
+                problems["wrong type"].append(f"{weights.source(name)} {dtype} ({needed})".replace("torch.", ""))
+    listed = "; ".join(f"{what}: {_listed(names)}" for what, names in problems.items() if names)
+    if listed:
         raise CheckpointError(
-            f"{weights.origin} does not fit the model: {'; '.join(problems)}. Was it written with another model config?"
+            f"{parts[0][1].origin} does not fit the model: {listed}. Use the model config that it was written with, or "
+            "a file that was written with this one."
         )
 
 
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''} ({len(names)})"
+def _listed(names: Sequence[str]) -> str:
+    """Return all names and their number; many are grouped over their last index: `layers.{0..63}.norm.weight`."""
+    if len(names) <= _MANY:
+        return f"{', '.join(names)} ({len(names)})"
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        indexed = re.fullmatch(r"(.*\.)(\d+)(\..*)", name)
+        head, index, tail = indexed.groups() if indexed else (name, None, "")
+        groups.setdefault((head, tail), []).extend([] if index is None else [int(index)])
+    grouped = [f"{head}{_ranges(numbers)}{tail}" for (head, tail), numbers in groups.items()]
+    return f"{', '.join(grouped)} ({len(names)})"
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point() or tensor.numel() == 0:
+def _ranges(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 5] -> "{0..2,5}", [5] -> "5", [] -> ""."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    text = ",".join("..".join(map(str, run)) for run in runs)
+    return f"{{{text}}}" if "," in text or ".." in text else text
+
+
+def not_finite(origin: str, names: Sequence[str]) -> CheckpointError:
+    """Return the error that says so."""
+    return CheckpointError(
+        f"{origin} holds NaN or infinite numbers in {_listed(names)}; such a model answers nothing. Use an earlier "
+        "checkpoint, or fetch the file again."
+    )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are numbers; True for types that cannot tell, which no parameter has."""
+    if tensor.dtype not in STORED_DTYPES or tensor.numel() == 0:
         return True
     smallest, largest = tensor.aminmax()  # without a tensor of the same size; NaN wins
     return bool(smallest.isfinite() and largest.isfinite())

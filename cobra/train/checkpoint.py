@@ -102,8 +102,8 @@ class Saver:
             if self.ranks.is_first:
                 shutil.rmtree(self._temporary(progress), ignore_errors=True)
             log.error(
-                "The checkpoint of step %d could not be written (%s). Training goes on; the last good one is %s. Is the "
-                "disk of %s full?",
+                "The checkpoint of step %d could not be written (%s). Training goes on; the last good one is %s. "
+                "Is the disk of %s full?",
                 progress.step,
                 _reason(error),
                 latest(self.folder),
@@ -241,9 +241,7 @@ def _random_state(rank: int) -> dict[str, Tensor]:
     return state
 
 
-def _optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, stored: set[str]
-) -> dict[str, Tensor]:
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, stored: set[str]) -> dict[str, Tensor]:
     """Make room in the optimizer for the state that the checkpoint has, and return it by name."""
     wanted: dict[str, Tensor] = {}
     trained = {p for group in optimizer.param_groups for p in group["params"]}

@@ -13,11 +13,12 @@ from cobra.config import PretrainConfig, as_config, as_dict
 from cobra.data.dataset import ConversationDataset, open_data
 from cobra.data.loader import iterate
 from cobra.data.sampler import BatchPlan, check_world_size
-from cobra.errors import ConfigError, DataError
-from cobra.hub import resolve_file, resolve_model_folder
+from cobra.errors import DataError
+from cobra.hub import resolve_file, resolve_model, resolve_model_folder
 from cobra.models.build import build_model, set_trainable
 from cobra.models.lora import attach_adapters, merged_state
-from cobra.models.vlm import CobraVLM
+from cobra.models.public import is_public_run, load_public_run
+from cobra.models.vlm import CobraVLM, check_vocabulary
 from cobra.models.weights import load_part, parameters_on_meta, save_model_folder, self_contained
 from cobra.ops import use_backend
 from cobra.ranks import Ranks, joined
@@ -70,10 +71,7 @@ def _train(
     check_world_size(config.train, ranks.world_size)
     device = _device(config)
     tokenizer = Tokenizer(resolve_file(config.model.llm.tokenizer, "model.llm.tokenizer"))
-    if len(tokenizer) > config.model.llm.padded_vocab_size:
-        raise ConfigError(
-            f"model.llm.vocab_size={config.model.llm.vocab_size} is less than the tokenizer's {len(tokenizer)} entries."
-        )
+    check_vocabulary(tokenizer, config.model.llm, f"Set model.llm.vocab_size={len(tokenizer)}.")
     mesh = make_mesh(config.parallel, ranks.world_size, device) if ranks.world_size > 1 else None
     with parameters_on_meta():
         model = CobraVLM(self_contained(config.model))
@@ -93,7 +91,7 @@ def _train(
         config.train,
         rows_per_image=config.data.rows_per_image,
         seed=config.run.seed,
-        image_tokens=model.projector.num_tokens(model.vision.num_patches),
+        image_tokens=model.num_image_tokens,
     )
 
     if ranks.is_first:  # one copy on the host, whatever the number of ranks
@@ -122,16 +120,25 @@ def _train(
 
 def _device(config: PretrainConfig) -> torch.device:
     device = pick_device(config.parallel.device)
-    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
+    is_open = device.type == "cuda" and device.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if is_open else device
 
 
 def _initial_model(config: PretrainConfig) -> CobraVLM:
     """Build the model as step 0 sees it, on the CPU."""
-    start = None if config.init_from is None else resolve_model_folder(config.init_from)  # before weights are read
+    start = None if config.init_from is None else _start_folder(config.init_from)  # before weights are read
+    if start is not None and is_public_run(start):
+        return load_public_run(start, config.model, dtype=torch.float32)  # parts it does not hold: as the config says
     model = build_model(config.model, config.run.seed)
     if start is not None:
         load_part(model, start / "model.safetensors")
     return model
+
+
+def _start_folder(name: str) -> Path:
+    """Return the folder that `init_from` names: a run in the public layout, or a model of ours."""
+    folder = resolve_model(name)
+    return folder if is_public_run(folder) else resolve_model_folder(folder)
 
 
 def _fit(

@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -56,7 +56,7 @@ class Trainer:
         self.checkpoints = run_folder / "checkpoints"
         self.saver = Saver(self.checkpoints, ranks, keep=train.keep_checkpoints, keep_every=train.keep_every)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.image_tokens = model.projector.num_tokens(model.vision.num_patches)
+        self.image_tokens = model.num_image_tokens
         self.skipped_in_a_row = 0
 
     def resume(self) -> None:
@@ -222,7 +222,8 @@ class Trainer:
         step, limit = self.progress.step + 1, self.config.train.max_skipped_steps
         log.warning("Step %d: loss %s, gradient norm %s. The update was not made.", step, loss, grad_norm)
         if self.skipped_in_a_row >= limit:
-            ids = [name for part in self.ranks.gather([name for batch in batches for name in batch.ids]) for name in part]
+            mine = [name for batch in batches for name in batch.ids]
+            ids = [name for part in self.ranks.gather(mine) for name in part]
             shown = ", ".join(map(repr, ids[:8])) + (" ..." if len(ids) > 8 else "")
             raise self._diverged(
                 step,
@@ -255,7 +256,8 @@ class Trainer:
                 f"command goes on from {checkpoint.latest(self.checkpoints) or 'the beginning'}."
             )
         raise Interrupted(
-            f"Stopped after step {step} of {self.num_steps}; a checkpoint is saved. The same command goes on from here.",
+            f"Stopped after step {step} of {self.num_steps}; a checkpoint is saved. "
+            "The same command goes on from here.",
             exit_code,
         )
 
@@ -275,7 +277,7 @@ class Trainer:
 
     def _note_bad_examples(self, batches: list[Batch]) -> None:
         """Append what was left out of this step to bad_examples.jsonl; rank 0 writes for all."""
-        mine = [{"id": bad.id, "data_set": bad.data_set, "reason": bad.reason} for batch in batches for bad in batch.bad]
+        mine = [asdict(bad) for batch in batches for bad in batch.bad]
         found = [bad for part in self.ranks.gather(mine) for bad in part]
         if self.ranks.is_first:
             with (self.run_folder / BAD_EXAMPLES_FILE).open("a", encoding="utf-8") as file:

@@ -193,6 +193,12 @@ def test_damaged_exif_does_not_refuse_the_picture(exif: bytes) -> None:
     assert np.array_equal(to_rgb(in_file(image, "PNG", exif=exif)), image)
 
 
+def with_transparency(mode: str, value: object) -> Image.Image:
+    image = Image.new(mode, (2, 2))
+    image.info["transparency"] = value
+    return image
+
+
 def truncated() -> Image.Image:
     file = io.BytesIO()
     picture(64, 64).save(file, "PNG")
@@ -207,6 +213,9 @@ def truncated() -> Image.Image:
         (lambda: Image.fromarray(np.array([[70000]], np.int32)), "70000"),
         (lambda: Image.fromarray(np.array([[-1]], np.int32)), "-1"),
         (truncated, "cannot be shown"),
+        (lambda: with_transparency("RGB", "white"), "mode RGB cannot be shown"),
+        (lambda: with_transparency("L", None), "mode L cannot be shown"),
+        (lambda: with_transparency("P", 1.5), "Transparency for P mode should be"),
     ],
 )
 def test_what_cannot_be_shown_is_refused(make: Callable[[], Image.Image], message: str) -> None:

@@ -412,11 +412,9 @@ def test_sharded_blocks_learn_the_same(model: CobraVLM, config: ModelConfig, tmp
     mp.spawn(_learn_sharded, (config, tmp_path), nprocs=2)
     for found in (torch.load(tmp_path / f"{rank}.pt") for rank in range(2)):
         for stored, compiled, cast, wanted in zip(*found.values(), expected, strict=True):
-            torch.testing.assert_close(stored, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
-            print("REL", (compiled - wanted).norm() / wanted.norm())
-            # compiled code rounds to 8 bits at other places; cast adapters compute in bfloat16 everywhere
-            assert (compiled - wanted).norm() < 0.1 * wanted.norm()
-            assert (cast - wanted).norm() < 0.1 * wanted.norm()
+            for actual in (stored, compiled):
+                torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+            assert (cast - wanted).norm() < 0.1 * wanted.norm()  # adapters too compute in bfloat16 everywhere
 
 
 def _learn_sharded(rank: int, config: ModelConfig, folder: Path) -> None:
@@ -446,6 +444,7 @@ def _learn_sharded(rank: int, config: ModelConfig, folder: Path) -> None:
         fully_shard(model, mp_policy=policy)
         labels = torch.cat([torch.full_like(IDS[:, :1], IGNORE_INDEX), IDS[:, 1:]], dim=1)
         model(IDS, labels=labels).loss.backward()
+        if way == "compiled": print("STATS", torch._dynamo.utils.counters["stats"], dict(torch._dynamo.utils.counters["graph_break"]))
         parts = [part for adapter in adapters(model).values() for part in (adapter.A, adapter.B)]
         found[way] = [part.grad.full_tensor() for part in parts]
         assert all(part.grad.dtype == torch.float32 for part in parts)

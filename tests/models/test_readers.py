@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cobra.config import LLMConfig, TowerConfig
 from cobra.errors import CheckpointError
+from cobra.models import readers
 from cobra.models.mamba import MambaLM
 from cobra.models.pretrained import load_llm, load_tower, mamba_sizes, mamba_weights, unwrapped
 from cobra.models.readers import Weights, read_weights
@@ -63,6 +64,20 @@ def test_shards_are_read_by_their_index(tensors: dict[str, Tensor], tmp_path: Pa
         (save_file if suffix == "safetensors" else torch.save)({name: tensors[name]}, tmp_path / file)
     (tmp_path / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": places}))
     assert same(read_weights(tmp_path), tensors)
+
+
+def test_pages_are_given_back_while_a_file_is_read(
+    tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By mapping the file anew, now and then; what was read before stays good."""
+    torch.save(tensors, tmp_path / "x.pt")
+    weights, loads = read_weights(tmp_path / "x.pt"), []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **options: loads.append(1) or load(*args, **options))
+    assert same(weights, tensors) and not loads
+    monkeypatch.setattr(readers, "_RELEASE_AFTER", 0)
+    first = weights["a.weight"]
+    assert same(weights, tensors) and torch.equal(first, tensors["a.weight"]) and loads
 
 
 @pytest.mark.parametrize(

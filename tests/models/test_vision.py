@@ -19,7 +19,9 @@ from torch import Tensor
 from cobra.config import PretrainConfig, TowerConfig, VisionConfig, as_config
 from cobra.errors import ConfigError, ShapeError
 from cobra.hub import resolve_file
+from cobra.models.public import VISION
 from cobra.models.vision import VisionEncoder, VisionTower
+from cobra.models.weights import parameters_on_meta
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -127,7 +129,7 @@ def test_dinov2_position_table_is_resampled_as_timm_does(name: str) -> None:
         img_size=384,
         **REDUCED,
     )
-    with torch.device("meta"):
+    with parameters_on_meta():
         tower = VisionTower(TowerConfig(timm=name, image_size=384, ignore_rest=True, args=REDUCED))
     adapted = tower.adapt_weights(tensors | {"head.weight": torch.zeros(1), "head.bias": torch.zeros(1)})
     assert adapted["pos_embed"].shape[1] == 27 * 27 + (0 if "reg4" in name else 1) != tensors["pos_embed"].shape[1]
@@ -139,7 +141,6 @@ def test_dinov2_position_table_is_resampled_as_timm_does(name: str) -> None:
     new = torch.nn.functional.interpolate(old, (27, 27), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
     torch.testing.assert_close(adapted["pos_embed"][:, -27 * 27 :], new)
     tower.model.load_state_dict(adapted, assign=True)
-    tower.reset_buffers(torch.device("cpu"))
     assert tower(torch.zeros(1, 3, 384, 384, dtype=torch.uint8)).isfinite().all()
 
 
@@ -149,17 +150,13 @@ def test_tower_built_on_meta_equals_one_built_in_memory(name: str) -> None:
     """Also those with rotary tables and relative positions, which no checkpoint holds."""
     config = TowerConfig(timm=name, image_size=56 if "14" in name else 64, weights="random", args=REDUCED)
     real = VisionTower(config).eval()
-    with torch.device("meta"):
+    with parameters_on_meta():
         tower = VisionTower(replace(config, weights="timm")).eval()  # and nothing is downloaded
     assert all(parameter.is_meta for parameter in tower.parameters())
+    assert not any(buffer.is_meta for buffer in tower.buffers())
     images = torch.randint(0, 256, (2, 3, config.image_size, config.image_size), dtype=torch.uint8)
-    for way in ("assign", "to_empty"):
-        if way == "assign":
-            tower.model.load_state_dict(real.model.state_dict(), assign=True)
-        else:
-            tower.to_empty(device="cpu").model.load_state_dict(real.model.state_dict())
-        tower.reset_buffers(torch.device("cpu"))
-        assert torch.equal(tower(images), real(images)), way
+    tower.model.load_state_dict(real.model.state_dict(), assign=True)
+    assert torch.equal(tower(images), real(images))
 
 
 def test_normalisation_survives_casts(vision: VisionConfig) -> None:
@@ -208,6 +205,33 @@ def test_vision_config_builds_on_meta(name: str) -> None:
         is_clip = "_clip_" in given.timm
         assert is_clip == (type(tower.model.blocks[0].mlp.act).__name__ == "QuickGELU")
         assert tower.layer == len(tower.model.blocks) - 2
+
+
+PUBLIC_IDS = {
+    "dinov2-siglip-384": "dinosiglip-vit-so-384px",
+    "siglip-so400m-384": "siglip-vit-so400m-384px",
+    "siglip-so400m-224": "siglip-vit-so400m",
+    "siglip-b16-224": "siglip-vit-b16-224px",
+    "siglip-b16-256": "siglip-vit-b16-256px",
+    "siglip-b16-384": "siglip-vit-b16-384px",
+    "dinov2-reg-224": "dinov2-vit-l",
+    "clip-l14-224": "clip-vit-l",
+    "clip-l14-336": "clip-vit-l-336px",
+    "clip-b16-224": "clip-vit-b",
+    "dinov2-clip-336": "dinoclip-vit-l-336px",
+    "in1k-l16-224": "in1k-vit-l",
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC_IDS)
+def test_vision_config_is_what_its_public_id_stands_for(name: str) -> None:
+    config = as_config(VisionConfig, OmegaConf.load(CONFIGS / "model" / "vision" / f"{name}.yaml"))
+    assert config == as_config(VisionConfig, {"towers": VISION[PUBLIC_IDS[name]]})
+
+
+def test_every_public_id_has_a_config_or_is_known_to_have_none() -> None:
+    assert VISION.keys() - PUBLIC_IDS.values() == {"dinosiglip-vit-so-224px"}
+    assert EXPECTED.keys() - PUBLIC_IDS.keys() == {"dinov2-224"}  # without registers
 
 
 def test_gelu_for_quickgelu_is_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -262,9 +286,11 @@ def test_impossible_tower_config_is_refused(settings: dict[str, Any], message: s
         ("model.vision.towers.0.timm=vit_smal_patch14", "vit_smal_patch14"),
         ("model.vision.towers.0.layer=7", "layer=7"),
         ("model.vision.towers.0.args.patch_sizes=8", "patch_sizes"),
+        ("model.vision.towers.0.args.act_layer=nope", r"vit_small.*it knows no 'nope'; correct .*args"),
+        ("model.vision.towers.0.args.num_heads=0", "timm cannot make"),
     ],
 )
 def test_impossible_tower_is_refused(tiny_config: Callable[..., PretrainConfig], override: str, message: str) -> None:
-    extra = "+" if "patch_sizes" in override else ("++" if "layer" in override else "")
+    extra = "++" if "layer" in override or "args" in override else ""
     with pytest.raises(ConfigError, match=message):
         VisionEncoder(tiny_config(extra + override).model.vision)

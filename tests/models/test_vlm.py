@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cobra.config import ModelConfig
+from cobra.config import ModelConfig, ProjectorConfig
 from cobra.errors import ConfigError, DataError, ShapeError
 from cobra.models.build import TRAINED_PARTS, build_model, set_trainable
-from cobra.models.vlm import CobraOutput, CobraVLM
+from cobra.models.vlm import CobraOutput, CobraVLM, check_vocabulary
 from cobra.text.prompt import IGNORE_INDEX
+from cobra.text.tokenizer import Tokenizer
 
 ROUNDING = 1e-12  # float64 sums of some hundred terms of size 1, in another order
 
@@ -183,6 +187,47 @@ def test_shapes_that_do_not_fit_are_refused(small_model: CobraVLM) -> None:
         small_model(ids, image_index=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ShapeError, match="2 views"):
         small_model(ids[:2], pixels=pixels * 2)
+
+
+@pytest.mark.parametrize("grid", [None, 3, 8])
+def test_pooled_images_are_prefixes_of_fewer_tokens(small_model_config: ModelConfig, grid: int | None) -> None:
+    model = build_model(replace(small_model_config, projector=ProjectorConfig(kind="ldpv2", grid=grid)), seed=0)
+    ids, labels = random_rows(2)
+    output = model(ids, pixels=random_images(2), labels=labels)
+    assert model.num_image_tokens == (grid or 4) ** 2
+    assert output.hidden.shape[:2] == (2, model.num_image_tokens + ids.shape[1])
+
+
+def test_impossible_grid_is_refused_when_the_model_is_built(small_model_config: ModelConfig) -> None:
+    config = replace(small_model_config, projector=ProjectorConfig(kind="ldpv2", grid=9))
+    with pytest.raises(ConfigError, match=r"model\.projector\.grid=9 is more than the 8 x 8 patches.*at most 8"):
+        CobraVLM(config)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "multiple", "fits", "misfits"),
+    [
+        (50277, 8, (50277, 50280, 50254), (50281, 50024, 365)),  # Mamba-2.8B; 50254 without the added tokens
+        (50432, 8, (50277, 50432), (50433, 50176)),  # Mamba-7B: 197 x 256 rows
+        (50304, 1, (50277,), (50305, 49000)),  # the Hugging Face layout says nothing about padding
+        (365, 8, (365, 368, 361), (369, 360, 257)),
+        (365, 64, (365, 321), (385, 320)),
+    ],
+)
+def test_only_a_tokenizer_of_about_the_size_fits(
+    vocab_size: int,
+    multiple: int,
+    fits: tuple[int, ...],
+    misfits: tuple[int, ...],
+    small_model_config: ModelConfig,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = replace(small_model_config.llm, vocab_size=vocab_size, pad_vocab_multiple=multiple)
+    for size in fits + misfits:
+        monkeypatch.setattr(Tokenizer, "__len__", lambda _, size=size: size)
+        with nullcontext() if size in fits else pytest.raises(ConfigError, match=rf"{size} entries in .*\. Do this\."):
+            check_vocabulary(tokenizer, llm, "Do this.")
 
 
 def test_towers_of_different_grids_are_refused(tiny_config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,10 +82,21 @@ def test_wrong_keys_are_all_named_in_one_error(folder: Path) -> None:
     assert "wrong shape: projector.projector.0.bias [7] (needs [256])" in message
 
 
-def test_many_wrong_keys_are_counted(folder: Path) -> None:
+def test_many_wrong_keys_are_all_named_in_groups(folder: Path) -> None:
+    names = list(load_file(folder / "model.safetensors"))
     rewrite(folder, dict.clear)
-    with pytest.raises(CheckpointError, match=r"missing: .* \.\.\. \(\d\d+\)"):
+    with pytest.raises(CheckpointError, match=rf"missing: .* \({len(names)}\)\. Use the model config") as caught:
         load_model_folder(folder)
+    listed = str(caught.value).split("missing: ")[1].split(" (")[0]
+    groups = re.split(r", ", listed)
+    found = []
+    for group in groups:
+        head, _, rest = group.partition("{")
+        inside, _, tail = rest.partition("}")
+        runs = [run.split("..") for run in inside.split(",")] if inside else []
+        found += [f"{head}{i}{tail}" for run in runs for i in range(int(run[0]), int(run[-1]) + 1)] or [group]
+    assert sorted(found) == sorted(names)
+    assert "llm.backbone.layers.{0..1}.mixer.D" in groups and "projector.projector.{0,2,4}.bias" in groups
 
 
 @pytest.mark.parametrize("kept", [0, 4, 1000, -1])
