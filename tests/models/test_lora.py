@@ -444,7 +444,6 @@ def _learn_sharded(rank: int, config: ModelConfig, folder: Path) -> None:
         fully_shard(model, mp_policy=policy)
         labels = torch.cat([torch.full_like(IDS[:, :1], IGNORE_INDEX), IDS[:, 1:]], dim=1)
         model(IDS, labels=labels).loss.backward()
-        if way == "compiled": print("STATS", torch._dynamo.utils.counters["stats"], dict(torch._dynamo.utils.counters["graph_break"]))
         parts = [part for adapter in adapters(model).values() for part in (adapter.A, adapter.B)]
         found[way] = [part.grad.full_tensor() for part in parts]
         assert all(part.grad.dtype == torch.float32 for part in parts)
