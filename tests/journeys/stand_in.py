@@ -1,4 +1,4 @@
-"""Started like scripts/pretrain.py, but its ranks do not train: `run.name` says what they do. For test_ranks.py."""
+"""Started like scripts/pretrain.py, but its ranks do not train: `run.name` says what they do. For test_launched_ranks.py."""
 
 from __future__ import annotations
 

@@ -139,6 +139,25 @@ def test_sweep_starts_the_ranks_of_each_job(start: Start, tmp_path: Path) -> Non
     }
 
 
+def test_ranks_of_srun_join(tmp_path: Path) -> None:
+    """Two tasks with the variables that SLURM gives them; they find each other by the job's number."""
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
+    command = [sys.executable, str(STAND_IN), f"paths.runs={tmp_path}", "run.name=sum", "parallel.device=cpu"]
+    tasks = [
+        subprocess.Popen(command, env=os.environ | step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank})
+        for rank in ("0", "1")
+    ]
+    assert [task.wait(60) for task in tasks] == [0, 0]
+    assert [fact["sum"] for fact in facts(tmp_path / "sum")] == [[1.0, 1.0]] * 2
+
+
+def test_ranks_of_torchrun_join(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(STAND_IN)]
+    settings = [f"paths.runs={tmp_path}", "run.name=sum", "parallel.device=cpu", "parallel.processes=7"]  # ignored
+    assert subprocess.run([*command, *settings], timeout=60).returncode == 0
+    assert [fact["sum"] for fact in facts(tmp_path / "sum")] == [[1.0, 1.0]] * 2
+
+
 SUBMITIT = ("--multirun", "hydra/launcher=submitit_local")  # the cluster's launcher, with this machine as the cluster
 
 
