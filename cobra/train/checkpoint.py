@@ -54,6 +54,7 @@ class Saver:
     def __init__(self, folder: Path, ranks: Ranks, *, keep: int, keep_every: int | None) -> None:
         """Take the folder of the checkpoints, how many of the newest stay, and steps whose multiples stay for good."""
         self.folder, self.ranks, self.keep, self.keep_every = folder, ranks, keep, keep_every
+        _expect_to_be_alone()
         self._running: tuple[Progress, Future[Any]] | None = None
         if ranks.is_first:
             for left_over in folder.glob(f"*{TEMPORARY}"):  # of a run that was killed while it wrote
@@ -66,14 +67,12 @@ class Saver:
         if self.ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of torch's own parts about each other
-                future = dcp.async_save(
-                    _collect(model, optimizer, self.ranks.rank),
-                    storage_writer=dcp.FileSystemWriter(temporary),
-                    process_group=self.ranks.host_group,
-                    no_dist=self.ranks.world_size == 1,
-                )
+            future = dcp.async_save(
+                _collect(model, optimizer, self.ranks.rank),
+                storage_writer=dcp.FileSystemWriter(temporary),
+                process_group=self.ranks.host_group,
+                no_dist=self.ranks.world_size == 1,
+            )
         except Exception as error:
             future = Future()
             future.set_exception(error)
@@ -196,12 +195,21 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
             for key, entry in found.items()
             if key.startswith("model.")
         }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(state, storage_reader=reader, no_dist=True)
+        _read(state, reader, is_alone=True)
     except Exception as error:
         raise CheckpointError(f"The checkpoint {checkpoint} is damaged: {_reason(error)}.") from None
     return {key.removeprefix("model."): tensor for key, tensor in state.items()}
+
+
+def _read(state: dict[str, Tensor], reader: SafeReader, *, is_alone: bool) -> None:
+    """Fill the tensors of `state`; each rank reads its own parts."""
+    _expect_to_be_alone()
+    dcp.load(state, storage_reader=reader, no_dist=is_alone)
+
+
+def _expect_to_be_alone() -> None:
+    """Hide the warning that a single process is one; a filter for one call would not reach the thread that writes."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class SafeReader(dcp.FileSystemReader):
@@ -218,10 +226,11 @@ class SafeReader(dcp.FileSystemReader):
 
 class _MetadataUnpickler(pickle.Unpickler):
     _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _NAMES = ("torch.Size", "torch.storage._load_from_bytes", "pathlib.PosixPath", "pathlib.WindowsPath")
+    _NAMES = ("torch.Size", "torch.serialization._get_layout", "pathlib.PosixPath", "pathlib.WindowsPath")
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in self._MODULES or f"{module}.{name}" in self._NAMES:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or module in self._MODULES or f"{module}.{name}" in self._NAMES:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"its index asks for {module}.{name}, which no checkpoint of ours holds")
 

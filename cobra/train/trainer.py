@@ -103,29 +103,36 @@ class Trainer:
         self._set_modes()
         profile_folder = self.run_folder / "profile"
         with bar, stop_signals(stop), profiled(train.profile, profile_folder, self.ranks.rank) as profile_step:
-            while self.progress.step < self.num_steps:
-                batches, counts = self._next(steps)
-                loss, grad_norm, exit_code = self._step(batches, counts, stop)
-                window.add(counts, loss)
-                profile_step()
-                is_last = self.progress.step == self.num_steps
-                if self.progress.step % train.log_every == 0 or is_last:
-                    self._log(window, grad_norm, trackers, bar)
-                bar.update()
-                self.saver.poll()
-                is_stopping = bool(exit_code) and not is_last
-                if self.progress.step % train.save_every == 0 or is_last or is_stopping:
-                    self.save()
-                if is_stopping:
-                    self._stop(exit_code)
-                if validate is not None and self._is_due(self.config.validation.every):
-                    started = time.perf_counter()
-                    found = validate()
-                    self._set_modes()
-                    for tracker in trackers:
-                        tracker.log({"step": self.progress.step} | found)
-                    window.exclude(time.perf_counter() - started)
+            try:
+                while self.progress.step < self.num_steps:
+                    batches, counts = self._next(steps)
+                    loss, grad_norm, exit_code = self._step(batches, counts, stop)
+                    window.add(counts, loss)
+                    profile_step()
+                    is_last = self.progress.step == self.num_steps
+                    if self.progress.step % train.log_every == 0 or is_last:
+                        self._log(window, grad_norm, trackers, bar)
+                    bar.update()
+                    self.saver.poll()
+                    is_stopping = bool(exit_code) and not is_last
+                    if self.progress.step % train.save_every == 0 or is_last or is_stopping:
+                        self.save()
+                    if is_stopping:
+                        self._stop(exit_code)
+                    if validate is not None and self._is_due(self.config.validation.every):
+                        self._validate(validate, window, trackers)
+            except Exception:
+                self.saver.finish()  # a checkpoint that is being written is a good one
+                raise
         self.saver.finish()
+
+    def _validate(self, validate: Validate, window: Window, trackers: list[Tracker]) -> None:
+        started = time.perf_counter()
+        found = validate()
+        self._set_modes()
+        for tracker in trackers:
+            tracker.log({"step": self.progress.step} | found)
+        window.exclude(time.perf_counter() - started)
 
     def _set_modes(self) -> None:
         for part in self.model.children():
@@ -170,6 +177,8 @@ class Trainer:
         """
         started = time.perf_counter()
         train, step, ranks = self.config.train, self.progress.step, self.ranks
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.num_steps, train)
         total = torch.zeros((), dtype=torch.float64, device=self.model.device)
         for i, batch in enumerate(batches):
             sync_gradients(self.model, i == len(batches) - 1 or not self.config.parallel.defer_gradient_sync)
@@ -187,8 +196,6 @@ class Trainer:
         loss: float | None = loss_sum / counts.labels
         is_finite = math.isfinite(loss_sum) and math.isfinite(grad_norm)
         if is_finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(step, self.num_steps, train)
             self.optimizer.step()
             self.skipped_in_a_row = 0
         else:
