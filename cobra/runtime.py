@@ -70,7 +70,7 @@ def setup_logging(rank: int = 0) -> None:
 
 class _AboveProgressBar(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(self.format(record) + "\n", file=sys.stderr, end="")  # in one piece: ranks share the terminal
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

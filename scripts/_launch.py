@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,21 +129,26 @@ def _stoppable() -> Iterator[None]:
 
 def _setup_logging() -> None:
     from cobra.errors import ConfigError
-    from cobra.ranks import env_ranks
     from cobra.runtime import setup_logging
 
     try:
-        ranks = env_ranks()
-    except ConfigError as error:
+        setup_logging(_rank())
+    except ConfigError as error:  # what the environment says of the ranks
         setup_logging()
-        _fail(error)
-    setup_logging(ranks[0] if ranks else 0)
+        logging.getLogger("cobra").error("error: %s", error)
+        sys.exit(1)
 
 
 def _is_one_of_several() -> bool:
     from cobra.ranks import env_ranks
 
     return env_ranks() is not None
+
+
+def _rank() -> int:
+    from cobra.ranks import env_ranks
+
+    return (env_ranks() or (0, 1))[0]
 
 
 def _unaliased(message: str, config_name: str) -> str:
@@ -268,6 +274,8 @@ def _explain_override(message: str, config_name: str) -> str:
 
 
 def _fail(message: object, code: int = 1) -> NoReturn:
+    if _rank() > 0:
+        time.sleep(0.5)  # most often rank 0 says the same, and this rank is ended before it repeats it
     logging.getLogger("cobra").error("error: %s", message)
     _leave(code)
 

@@ -49,6 +49,8 @@ def errors_in_log() -> Iterator[None]:
     """In a job: write the error to the job's log too, which otherwise only the submitting process shows."""
     try:
         yield
+    except Interrupted:
+        raise
     except Exception as error:
         bug = not isinstance(error, CobraError)
         logging.getLogger("cobra").error("error: %s", error, exc_info=bug)

@@ -1,10 +1,17 @@
 """Train a model: configs -> run folder. `python scripts/pretrain.py --help` lists what can be chosen."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from _launch import launch
 from _ranks import processes_to_start, run_ranks
 from omegaconf import DictConfig
+
+if TYPE_CHECKING:
+    from cobra.config import ValidationConfig
+    from cobra.eval.validation import Validation
 
 
 def main(cfg: DictConfig) -> None:
@@ -18,7 +25,17 @@ def main(cfg: DictConfig) -> None:
 
     from cobra.train.run import pretrain
 
-    pretrain(config)
+    pretrain(config, validator(config.validation))
+
+
+def validator(config: ValidationConfig) -> Validation | None:
+    if config.every is None:
+        return None
+    from hydra.utils import instantiate
+
+    from cobra.eval.validation import Validation
+
+    return Validation(instantiate(config.benchmark), config)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Started like scripts/pretrain.py, but its ranks do not train: `run.name` says what they do. For test_launched_ranks.py."""
+"""Started like scripts/pretrain.py by test_launched_ranks.py, but does not train: `run.name` says what its ranks do."""
 
 from __future__ import annotations
 
@@ -57,6 +57,8 @@ def act(what: str, ranks, folder: Path, seed: int) -> None:
         (folder / f"{ranks.rank}.saved").write_text(json.dumps(arrived))
         raise Interrupted("Saved.", 130 if signal.SIGINT in arrived else 75)
     (folder / f"{ranks.rank}.ready").touch()
+    if what == "all":
+        raise DataError("Row 7 is broken.")
     if ranks.rank == 1:
         time.sleep(0.5)
         if what == "error":
