@@ -58,15 +58,18 @@ def ask(
         desc=benchmark.name,
     ) as bar:
         for batch in group_by_image(waiting, batch_size):
-            images = list(dict.fromkeys(question.image for question in batch))
-            number = {image: i for i, image in enumerate(images)}
-            states = model.encode_image(images)
-            rows = states[[number[question.image] for question in batch]]
-            answers = model.generate(
-                rows, [question.text for question in batch], max_new_tokens=benchmark.max_new_tokens
-            )
-            store.append(zip((question.id for question in batch), answers, strict=True))
+            store.append(answer(model, benchmark, batch).items())
             bar.update(len(batch))
+
+
+def answer(model: Answerer[State], benchmark: Benchmark, batch: Sequence[Question]) -> dict[str, str]:
+    """Return the model's answers by question id; each image of the batch is read once."""
+    images = list(dict.fromkeys(question.image for question in batch))
+    number = {image: i for i, image in enumerate(images)}
+    states = model.encode_image(images)
+    rows = states[[number[question.image] for question in batch]]
+    answers = model.generate(rows, [question.text for question in batch], max_new_tokens=benchmark.max_new_tokens)
+    return dict(zip((question.id for question in batch), answers, strict=True))
 
 
 def group_by_image(questions: Sequence[Question], batch_size: int) -> Iterator[list[Question]]:

@@ -8,6 +8,7 @@ Source: FSDP2, pytorch.org/docs/stable/distributed.fsdp.fully_shard.html; HSDP i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -89,6 +90,8 @@ def shard(model: CobraVLM, config: ParallelConfig, mesh: DeviceMesh, device: tor
             cast_forward_inputs=False,
             param_dtype_override_fn=lambda parameter: torch.float32 if id(parameter) in kept else None,
         )
+    # It warns of in-place operations on what a block returns; there are none here.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     units = [*_blocks(model, vision=not keep_whole), model.projector]
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=policy)

@@ -28,7 +28,7 @@ from cobra.text.tokenizer import Tokenizer
 from cobra.train.checkpoint import Progress
 from cobra.train.folder import check_run_folder, locked, write_config
 from cobra.train.optim import build_optimizer
-from cobra.train.parallel import make_mesh, prepare, shard, unsharded, whole_state
+from cobra.train.parallel import autocasts, make_mesh, prepare, shard, unsharded, whole_state
 from cobra.train.plots import plot_run
 from cobra.train.stopping import StopRequest
 from cobra.train.trackers import build_trackers, drop_after
@@ -179,7 +179,8 @@ def _fit(
 
     def validate() -> dict[str, float]:
         assert validator is not None
-        with unsharded(model):
+        is_mixed = autocasts(config.parallel, model)
+        with unsharded(model), torch.autocast(model.device.type, torch.bfloat16, enabled=is_mixed):
             return validator(model, tokenizer, ranks)
 
     trackers = build_trackers(config.tracker, run_folder, as_dict(config), first_step) if ranks.is_first else []

@@ -115,12 +115,12 @@ class Trainer:
                     bar.update()
                     self.saver.poll()
                     is_stopping = bool(exit_code) and not is_last
+                    if validate is not None and self._is_due(self.config.validation.every) and not is_stopping:
+                        self._validate(validate, window, trackers)  # before saving: a kill in between repeats it
                     if self.progress.step % train.save_every == 0 or is_last or is_stopping:
                         self.save()
                     if is_stopping:
                         self._stop(exit_code)
-                    if validate is not None and self._is_due(self.config.validation.every):
-                        self._validate(validate, window, trackers)
             except Exception:
                 self.saver.finish()  # a checkpoint that is being written is a good one
                 raise
