@@ -110,7 +110,9 @@ def parse_row(raw: Any, number: int) -> Row:
         "".join([row_id, image or "", *values]).encode()
     except UnicodeEncodeError:
         raise BadRow(
-            ascii(row_id), "not Unicode", "its text holds half of a surrogate pair; write it as UTF-8."
+            row_id.encode("ascii", "backslashreplace").decode(),
+            "not Unicode",
+            "its text holds half of a surrogate pair; write it as UTF-8.",
         ) from None
     return Row(id=row_id, image=image, turns=tuple(zip(values[::2], values[1::2], strict=True)))
 
@@ -192,13 +194,15 @@ class _Window:
         """Decode the value at the position and step behind it; the window grows until the value is complete."""
         size = _CHUNK
         while True:
+            is_full = len(self.text) - self.position > MAX_ROW
             try:
                 value, end = _decode(self.text, self.position)
-                if end < len(self.text) or not self._extend(size):  # a number could go on in the next chunk
+                # Without a delimiter behind it, a number may go on in the next chunk.
+                if self.text[end : end + 1] in tuple(",] \t\r\n") or is_full or not self._extend(size):
                     self.position = end
                     return value
             except json.JSONDecodeError:
-                if len(self.text) - self.position > MAX_ROW or not self._extend(size):
+                if is_full or not self._extend(size):
                     raise
             size *= 2  # each try starts anew: as many tries as doublings
 

@@ -140,10 +140,11 @@ class ConversationDataset:
         part, first = rows[0]
         pixels = None if first.image is None else self.transform(open_image(part.images / first.image))
         return Example(
-            pixels=pixels, rows=[self._tokenize(row) for _, row in rows], ids=tuple(row.id for _, row in rows)
+            pixels=pixels, rows=[self.tokenize(row) for _, row in rows], ids=tuple(row.id for _, row in rows)
         )
 
-    def _tokenize(self, row: Row) -> tuple[list[int], list[int]]:
+    def tokenize(self, row: Row) -> tuple[list[int], list[int]]:
+        """Return a row's token ids and labels, turn by turn as the public weights were trained."""
         render = self.prompt.caption if self.captions_only else self.prompt.conversation
         ids: list[int] = []
         labels: list[int] = []

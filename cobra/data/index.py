@@ -75,10 +75,11 @@ class Index:
         return Row(id=row_id, image=image, turns=_pairs(turns))
 
     def rows(self) -> Iterator[list[Row]]:
-        """Read all rows, some at a time."""
-        for batch in self._batches:
-            columns = (batch.column(c).to_pylist() for c in range(3))
-            yield [Row(row_id, image, _pairs(turns)) for row_id, image, turns in zip(*columns, strict=True)]
+        """Read all rows in their order, some at a time. They are read, not mapped: memory stays small."""
+        with pa.OSFile(str(self.folder / "rows.arrow")) as file, pa.ipc.open_stream(file) as batches:
+            for batch in batches:
+                columns = (batch.column(c).to_pylist() for c in range(3))
+                yield [Row(row_id, image, _pairs(turns)) for row_id, image, turns in zip(*columns, strict=True)]
 
     def image_names(self) -> list[str]:
         """Return the images' paths by number: the one thing here that takes memory, for as long as it is kept."""
@@ -179,7 +180,8 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _build(annotations: Path, name: str, folder: Path, source: dict[str, Any]) -> None:
-    report, sha, count = Report(), hashlib.sha256(), 0
+    report, sha = Report(), hashlib.sha256()
+    images: list[pa.Array] = []
     with (
         progress(source["bytes"], f"index of {name}", "B") as bar,
         pa.OSFile(str(folder / "rows.arrow"), "wb") as sink,
@@ -188,15 +190,16 @@ def _build(annotations: Path, name: str, folder: Path, source: dict[str, Any]) -
         for rows in _batches(_good_rows(annotations, report, bar.update)):
             turns = [[value for turn in row.turns for value in turn] for row in rows]
             columns = [[row.id for row in rows], [row.image for row in rows], turns]
-            writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+            batch = pa.record_batch(columns, schema=_SCHEMA)
+            writer.write_batch(batch)
+            images.append(batch.column("image"))
             for row in rows:
                 sha.update(repr((row.id, row.image, row.turns)).encode())
-            count += len(rows)
-    if not count:
+    if not images:
         raise DataError(f"{annotations} holds no good row: {report}. Is it in LLaVA's format?")
-    _number_images(folder)
+    _number_images(images, folder)
     (folder / "report.json").write_text(report.as_json(), encoding="utf-8")
-    facts = {**source, "rows": count, "digest": sha.hexdigest()[:16], "report": report.as_dict()}
+    facts = {**source, "digest": sha.hexdigest()[:16], "report": report.as_dict()}
     (folder / "index.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
 
 
@@ -223,10 +226,9 @@ def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-def _number_images(folder: Path) -> None:
+def _number_images(images: list[pa.Array], folder: Path) -> None:
     """Number the images in the order of their first rows, outside of Python's memory."""
-    column: Any = _open_stream(folder / "rows.arrow").column("image")
-    encoded: list[Any] = pc.dictionary_encode(column).chunks  # type: ignore[attr-defined]
+    encoded: list[Any] = pc.dictionary_encode(pa.chunked_array(images)).chunks  # type: ignore[attr-defined]
     numbers = np.concatenate([chunk.indices.fill_null(-1).to_numpy() for chunk in encoded]).astype(np.int32)
     np.save(folder / "images.npy", numbers)
     names = pa.table([encoded[-1].dictionary], names=["image"])  # the chunks share one dictionary

@@ -1,9 +1,8 @@
-"""Annotation files: labels on the answers alone; every kind of bad row or image is one clear error."""
+"""Annotation files: read as a stream, labels on the answers alone; every kind of bad row is one clear error."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
-from cobra.data.batch import collate
-from cobra.data.conversations import ConversationDataset, Row, read_rows
+from cobra.data import conversations
+from cobra.data.batch import Example, collate
+from cobra.data.conversations import Row, read_objects, read_rows
+from cobra.data.dataset import ConversationDataset
 from cobra.errors import DataError
 from cobra.text.prompt import IGNORE_INDEX, prompt_format
 from cobra.text.tokenizer import Tokenizer
@@ -22,10 +22,8 @@ from cobra.text.tokenizer import Tokenizer
 GOOD = {"id": "ok", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
 
 
-def make_dataset(rows: list[Row], tokenizer: Tokenizer, folder: Path = Path(), **options: Any) -> ConversationDataset:
-    return ConversationDataset(
-        rows, folder, tokenizer, prompt_format(options.pop("prompt", "mamba")), lambda _: [], **options
-    )
+def make_dataset(tokenizer: Tokenizer, prompt: str = "mamba", **options: Any) -> ConversationDataset:
+    return ConversationDataset([], tokenizer, prompt_format(prompt), lambda _: [], **options)
 
 
 @given(
@@ -34,8 +32,7 @@ def make_dataset(rows: list[Row], tokenizer: Tokenizer, folder: Path = Path(), *
 )
 def test_labels_cover_exactly_the_answers(tokenizer: Tokenizer, turns: list[tuple[str, str]], prompt: str) -> None:
     turns = [(question.replace("<", ""), answer.replace("<", "")) for question, answer in turns]
-    dataset = make_dataset([Row("x", None, tuple(turns))], tokenizer, prompt=prompt)
-    ((ids, labels),) = dataset[(0,)].rows
+    ids, labels = make_dataset(tokenizer, prompt).tokenize(Row("x", None, tuple(turns)))
     assert len(ids) == len(labels)
     assert all(label in (token, IGNORE_INDEX) for token, label in zip(ids, labels, strict=True))
     runs: list[list[int]] = []  # stretches of labelled tokens
@@ -49,15 +46,15 @@ def test_labels_cover_exactly_the_answers(tokenizer: Tokenizer, turns: list[tupl
 
 
 def test_align_stage_learns_the_first_answer_alone(tokenizer: Tokenizer) -> None:
-    dataset = make_dataset([Row("x", None, (("describe", "red"), ("more", "no")))], tokenizer, captions_only=True)
+    row = Row("x", None, (("describe", "red"), ("more", "no")))
     ids = [*tokenizer.encode("red"), tokenizer.end_id]
-    assert dataset[(0,)].rows == [(ids, ids)]
+    assert make_dataset(tokenizer, captions_only=True).tokenize(row) == (ids, ids)
 
 
 def test_long_rows_are_cut(tokenizer: Tokenizer) -> None:
-    rows = [Row("x", None, (("circle " * 50, "red"),))]
-    ((ids, labels),) = make_dataset(rows, tokenizer, max_length=20)[(0,)].rows
-    ((all_ids, _),) = make_dataset(rows, tokenizer)[(0,)].rows
+    row = Row("x", None, (("circle " * 50, "red"),))
+    ids, labels = make_dataset(tokenizer, max_length=20).tokenize(row)
+    all_ids, _ = make_dataset(tokenizer).tokenize(row)
     assert ids == all_ids[:20] and labels == [IGNORE_INDEX] * 20
 
 
@@ -70,11 +67,11 @@ def test_ids_and_labels_equal_the_public_release(assets: Path, batch: str) -> No
         rows = [Row(answer, None, (("dropped", answer),)) for answer in ("a red disc and a blue box", "gradient")]
     else:
         chosen = {"mm2": (0, 1), "text_only": (2, 4)}[batch]
-        rows = [replace(read_rows(folder / "train_chat.json")[i], image=None) for i in chosen]
-    dataset = make_dataset(rows, neox, prompt="zephyr", captions_only=batch == "align2")
+        rows = [read_rows(folder / "train_chat.json")[i] for i in chosen]
+    dataset = make_dataset(neox, "zephyr", captions_only=batch == "align2")
     arrays = np.load(folder / "outputs.npz")
     expected_ids, expected_labels = (arrays[f"train/{batch}/{key}"] for key in ("input_ids", "labels"))
-    collated = collate([dataset[(i,)] for i in range(2)], neox.end_id)
+    collated = collate([Example(pixels=None, rows=[dataset.tokenize(row)]) for row in rows], neox.end_id)
     assert collated.input_ids.tolist() == expected_ids.tolist()
     assert collated.labels.tolist() == expected_labels.tolist()
 
@@ -100,6 +97,7 @@ def messages(*roles_and_values: tuple[str, object]) -> dict[str, Any]:
     [
         (messages(("human", "q")), "no answer"),
         (messages(), "no answer"),
+        (messages(("human", "q"), ("gpt", "\ud800")), "half of a surrogate pair"),
         (messages(("human", "q"), ("gpt", "a"), ("human", "q")), "no answer"),
         (messages(("gpt", "a"), ("human", "q")), "message 0 is from 'gpt', expected 'human'"),
         (messages(("human", "q"), ("system", "a")), "message 1 is from 'system', expected 'gpt'"),
@@ -123,7 +121,14 @@ def test_bad_row_is_named_in_one_line(tmp_path: Path, row: object, message: str)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[{", "not valid JSON"),
+        (b"[{", r"not valid JSON: row 0, character 1: .* Is the file complete\?"),
+        (b'[{"id": 1}', r"after row 0 stands '' instead of ',' or '\]'"),
+        (b'[{"id": 1} {"id": 2}]', r"after row 0 stands '\{'"),
+        (b'[{"id": 1},]', "not valid JSON: row 1"),
+        (b'[{"id": 1}] []', "more text follows the list at character 12"),
+        (b"[" + b"[" * 100_000, "not valid JSON"),
+        (b"id,image\n", r"does not start with '\['"),
+        (b"", r"does not start with '\['"),
         (b"{}", "non-empty list"),
         (b"[]", "non-empty list"),
         (b"\xff\xfe\x00", "a.json"),
@@ -134,40 +139,50 @@ def test_bad_file_is_named(tmp_path: Path, content: bytes | None, message: str) 
     if content is not None:
         (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        read_rows(tmp_path / "a.json")
+        list(read_objects(tmp_path / "a.json"))
     assert str(tmp_path / "a.json") in str(caught.value) and "\n" not in str(caught.value)
 
 
-class TestCheckImages:
-    @pytest.fixture
-    def dataset(self, tokenizer: Tokenizer, tmp_path: Path) -> ConversationDataset:
-        names = ["0.png", "1.png", None, "1.png", "sub/2.png"]
-        (tmp_path / "sub").mkdir()
-        for name in filter(None, names):
-            Image.new("RGB", (8, 8)).save(tmp_path / name)
-        return make_dataset([Row(str(i), name, (("q", "a"),)) for i, name in enumerate(names)], tokenizer, tmp_path)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
 
-    def test_complete_folder_passes(self, dataset: ConversationDataset) -> None:
-        dataset.check_images(decode=False)
-        dataset.check_images(decode=True)
 
-    def test_missing_images_are_counted_and_named(self, dataset: ConversationDataset, tmp_path: Path) -> None:
-        (tmp_path / "1.png").unlink()
-        with pytest.raises(DataError, match=r"1 of 3 images are missing in .*: 1\.png\."):
-            dataset.check_images(decode=False)
+@given(
+    values=st.lists(json_values, min_size=1, max_size=8), chunk=st.integers(1, 40), indent=st.sampled_from([None, 2])
+)
+def test_stream_equals_json(
+    tmp_path_factory: pytest.TempPathFactory, values: list[Any], chunk: int, indent: int | None
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "stream.json"
+    file.write_text(json.dumps(values, indent=indent, ensure_ascii=False), encoding="utf-8")
+    seen: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversations, "_CHUNK", chunk)
+        assert list(read_objects(file, seen.append)) == values
+    assert sum(seen) == file.stat().st_size
 
-    @pytest.mark.parametrize("content", [b"", b"not an image", None], ids=["empty", "text", "cut short"])
-    def test_image_that_does_not_decode_is_named(
-        self, dataset: ConversationDataset, tmp_path: Path, content: bytes | None
-    ) -> None:
-        file = tmp_path / "sub" / "2.png"
-        file.write_bytes(file.read_bytes()[:-25] if content is None else content)
-        dataset.check_images(decode=False)
-        for use in (lambda: dataset.check_images(decode=True), lambda: dataset[(4,)]):
-            with pytest.raises(DataError, match=r"sub/2\.png does not decode"):
-                use()
 
-    def test_missing_folder_is_named(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
-        dataset = make_dataset([Row("0", "0.png", (("q", "a"),))], tokenizer, tmp_path / "absent")
-        with pytest.raises(DataError, match=r"absent does not exist. Check data\.images"):
-            dataset.check_images(decode=False)
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_damaged_file_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A bracket or line end that is missing early must not cost as much memory as the file has text."""
+    for setting, size in (("_CHUNK", 1000), ("MAX_ROW", 10_000)):
+        monkeypatch.setattr(conversations, setting, size)
+    (tmp_path / name).write_text("[" * name.endswith("json") + '{"id": "' + "x" * 1_000_000)
+    seen: list[int] = []
+    with pytest.raises(DataError, match="not valid JSON"):
+        list(read_objects(tmp_path / name, seen.append))
+    assert sum(seen) < 50_000
+
+
+def test_bad_line_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(GOOD)}\n\n{{nonsense\n")
+    with pytest.raises(DataError, match="line 3 of the file"):
+        read_rows(tmp_path / "a.jsonl")
+
+
+def test_byte_order_mark_and_numbers_as_ids_are_fine(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([GOOD | {"id": 7}, GOOD | {"id": None}]), encoding="utf-8-sig")
+    assert [row.id for row in read_rows(tmp_path / "a.json")] == ["7", "row 1"]
