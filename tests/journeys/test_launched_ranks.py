@@ -177,9 +177,9 @@ SUBMITIT = ("--multirun", "hydra/launcher=submitit_local")  # the cluster's laun
 
 def test_submitted_job_starts_its_ranks(start: Start, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    code, messages = end_of(start("sum", *SUBMITIT, "run.seed=3,"), timeout=120)
+    code, messages = end_of(start("sum", *SUBMITIT, "run.seed=3"), timeout=120)
     assert code == 0, messages
-    assert [fact["seed"] for fact in facts(tmp_path / "sum-run.seed-3")] == [3, 3]
+    assert [fact["seed"] for fact in facts(tmp_path / "sum")] == [3, 3]
 
 
 def test_submitted_job_reports_its_error(start: Start, tmp_path: Path) -> None:
