@@ -116,7 +116,7 @@ def _stoppable() -> Iterator[None]:
     from cobra.errors import Interrupted
 
     def stop(number: int, _frame: object) -> None:
-        raise Interrupted(f"Stopped by {signal.Signals(number).name} outside of training; nothing had to be saved.")
+        raise Interrupted(f"Stopped by {signal.Signals(number).name}; the same command goes on.")
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
     before = {number: signal.signal(number, stop) for number in numbers}
