@@ -109,7 +109,10 @@ def open_index(annotations: Path, name: str, parent: Path) -> Index:
     source = _source(annotations)
 
     def find() -> Index | None:
-        return Index(folder) if _is_made_of(folder, source) else None
+        try:
+            return Index(folder) if _is_made_of(folder, source) else None
+        except (OSError, ValueError):  # a file of it is gone or damaged
+            return None
 
     def make() -> Index:
         with _new_folder(folder) as temporary:

@@ -33,7 +33,10 @@ def text_lengths(
     file = index.folder / f"lengths-{key.hexdigest()[:16]}.npy"
 
     def find() -> np.ndarray | None:
-        return np.load(file, mmap_mode="r") if file.exists() else None
+        try:
+            return np.load(file, mmap_mode="r")
+        except (OSError, ValueError):  # not there, or damaged
+            return None
 
     def make() -> np.ndarray:
         lengths = np.empty((2, len(index)), np.int32)

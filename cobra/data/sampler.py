@@ -52,6 +52,7 @@ class BatchPlan:
 
         Raises:
             ConfigError: an example does not fit into the token budget of a micro-batch.
+            DataError: there is no example.
         """
         self.train, self.seed, self.image_tokens = train, seed, image_tokens
         self._streams = [
@@ -64,6 +65,8 @@ class BatchPlan:
         self._epoch = lru_cache(maxsize=1)(self._plan)
         self._counts: dict[int, int] = {}
         self._check_budget()
+        if not any(stream.bounds(0)[1] for streams in self._streams for stream in streams):
+            raise DataError("One epoch of the data holds no example; raise data.mix: epochs, or add rows.")
 
     @cached_property
     def num_steps(self) -> int:
@@ -127,8 +130,6 @@ class BatchPlan:
             high.append(ends)
             cost.append(_padded(found, starts, ends, image_tokens))
         costs = np.concatenate(cost)
-        if not len(costs):
-            raise DataError(f"Epoch {epoch} has no example; raise data.mix: epochs, or add rows.")
         order = rng.permutation(len(costs))
         if epoch == 0:  # the costliest batch first: memory that does not suffice is noticed at once
             first = int(np.argmax(costs[order]))

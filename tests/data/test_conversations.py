@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cobra.data import conversations
@@ -19,6 +19,8 @@ from cobra.errors import DataError
 from cobra.text.prompt import IGNORE_INDEX, prompt_format
 from cobra.text.tokenizer import Tokenizer
 
+untimed = settings(deadline=None)  # others may have the cores
+
 GOOD = {"id": "ok", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
 
 
@@ -26,6 +28,7 @@ def make_dataset(tokenizer: Tokenizer, prompt: str = "mamba", **options: Any) ->
     return ConversationDataset([], tokenizer, prompt_format(prompt), lambda _: [], **options)
 
 
+@untimed
 @given(
     turns=st.lists(st.tuples(st.text(max_size=30), st.text(max_size=30)), min_size=1, max_size=4),
     prompt=st.sampled_from(["zephyr", "mamba"]),
@@ -150,6 +153,7 @@ json_values = st.recursive(
 )
 
 
+@untimed
 @given(
     values=st.lists(json_values, min_size=1, max_size=8), chunk=st.integers(1, 40), indent=st.sampled_from([None, 2])
 )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from data_sets import make_config, make_folder, make_row, open_folder, write_rows
 from PIL import Image
 
+from cobra.config import PretrainConfig
 from cobra.config.train import DataConfig, DataSetConfig
 from cobra.data import health, images
 from cobra.data.dataset import ConversationDataset, open_data
@@ -180,6 +182,13 @@ def test_mixture_numbers_rows_through_all_sets(tmp_path: Path, tokenizer: Tokeni
     assert [dataset.row(number)[0].name for number in (0, 4, 5, 8)] == ["x", "x", "y", "y"]
     assert [part.first_row for part in dataset.parts] == [0, 5]
     assert [part.epochs for part in dataset.parts] == pytest.approx([9 / 4 / 5, 9 * 3 / 4 / 4])
+
+
+@pytest.mark.parametrize("name", ["cobra-mix", "easyvqa", "llava-align", "llava-v1.5"])
+def test_config_passes_the_typed_door(tiny_config: Callable[..., PretrainConfig], name: str) -> None:
+    config = tiny_config(f"data={name}", "paths.data=/somewhere").data
+    assert config.name == name
+    assert all(part.annotations.startswith("/somewhere/") for part in config.sets.values())
 
 
 def test_example_in_the_config_is_made(tmp_path: Path, tokenizer: Tokenizer) -> None:

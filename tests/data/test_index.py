@@ -170,6 +170,13 @@ def test_killed_build_is_done_again(tmp_path: Path) -> None:
     assert not folder.with_name(f"{folder.name}.tmp").exists()
 
 
+@pytest.mark.parametrize("name", ["rows.arrow", "images.npy", "index.json"])
+def test_damaged_index_is_made_again(tmp_path: Path, name: str) -> None:
+    file = index_of(tmp_path, [row()]).folder / name
+    file.write_bytes(file.read_bytes()[:20])
+    assert open_index(tmp_path / "a.json", "set", tmp_path / "index").row(0).id == "ok"
+
+
 def build_slowly(folder: Path, results: Any) -> None:
     original = index_module._build
 

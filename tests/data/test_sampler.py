@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cobra.config import TrainConfig
 from cobra.config.train import DataSetConfig
 from cobra.data.sampler import BatchPlan, check_world_size
 from cobra.data.units import IMAGE_PAD, TEXT_PAD, Part, Unit, epochs_of
-from cobra.errors import ConfigError
+from cobra.errors import ConfigError, DataError
+
+untimed = settings(deadline=None)  # others may have the cores
 
 IMAGE_TOKENS = 7
 
@@ -76,6 +78,7 @@ settings_of_plans = st.one_of(size_settings, token_settings)
 worlds = st.sampled_from([1, 2, 3])
 
 
+@untimed
 @given(images=images_of_rows, settings=settings_of_plans, epoch=st.integers(0, 3))
 def test_epoch_has_each_row_once(images: list[int | None], settings: dict[str, Any], epoch: int) -> None:
     batches = batches_of(make_plan(make_part(images), **settings), epoch)
@@ -87,6 +90,7 @@ def test_epoch_has_each_row_once(images: list[int | None], settings: dict[str, A
             assert images[unit[0]] is not None or len(unit) == 1
 
 
+@untimed
 @given(images=images_of_rows, settings=size_settings)
 def test_only_the_last_batch_of_a_modality_is_short(images: list[int | None], settings: dict[str, Any]) -> None:
     batches = batches_of(make_plan(make_part(images), **settings))
@@ -94,6 +98,7 @@ def test_only_the_last_batch_of_a_modality_is_short(images: list[int | None], se
     assert len(short) == len(set(short))
 
 
+@untimed
 @given(images=images_of_rows, settings=settings_of_plans, world_size=worlds, step=st.integers(0, 8))
 def test_ranks_share_out_the_global_batch(
     images: list[int | None], settings: dict[str, Any], world_size: int, step: int
@@ -122,6 +127,7 @@ def test_ranks_share_out_the_global_batch(
                 assert len(micro_batch) <= settings["per_device_batch_size"]
 
 
+@untimed
 @given(images=images_of_rows, settings=token_settings)
 def test_global_batches_keep_to_their_budget(images: list[int | None], settings: dict[str, Any]) -> None:
     part = make_part(images)
@@ -138,6 +144,7 @@ def test_budgets_are_used_up() -> None:
     assert np.median([padded(part, m) for m in micro_batches]) > 0.9 * 500
 
 
+@untimed
 @given(images=images_of_rows, settings=settings_of_plans, first=st.integers(0, 30))
 def test_any_step_is_the_same_when_it_comes_first(
     images: list[int | None], settings: dict[str, Any], first: int
@@ -148,6 +155,7 @@ def test_any_step_is_the_same_when_it_comes_first(
     assert make_plan(part, **settings).step(first, 0, 1) == seen[first]
 
 
+@untimed
 @given(images=images_of_rows, settings=size_settings)
 def test_micro_batches_and_ranks_change_no_global_batch(images: list[int | None], settings: dict[str, Any]) -> None:
     part = make_part(images)
@@ -157,6 +165,7 @@ def test_micro_batches_and_ranks_change_no_global_batch(images: list[int | None]
     assert batches_of(plans[0], epoch=1) == batches_of(plans[1], epoch=1)
 
 
+@untimed
 @given(images=images_of_rows, settings=settings_of_plans)
 def test_costliest_batch_comes_first(images: list[int | None], settings: dict[str, Any]) -> None:
     part = make_part(images)
@@ -205,6 +214,7 @@ def test_short_batch_is_spread_evenly_and_padded() -> None:
 
 
 class TestMixtures:
+    @untimed
     @given(
         shares=st.lists(st.sampled_from([0.25, 0.5, 1 / 3, 1.0, 1.5, 2.5]), min_size=1, max_size=3),
         images=st.lists(st.one_of(st.none(), st.integers(0, 6)), min_size=20, max_size=40),
@@ -217,6 +227,7 @@ class TestMixtures:
             expected = round(12 * Fraction(share).limit_denominator(4))
             assert {counts[part.first_row + row] for row in range(len(images))} == {expected}
 
+    @untimed
     @given(share=st.floats(0.1, 1), images=st.lists(st.integers(0, 6), min_size=20, max_size=40))
     def test_no_row_comes_twice_before_all_have_come(self, share: float, images: list[int | None]) -> None:
         plan = make_plan(make_part(images, epochs=share), rows_per_image=1)
@@ -276,6 +287,10 @@ class TestRefusals:
         plan = make_plan(make_part([None]), global_batch_size=4, per_device_batch_size=4)
         with pytest.raises(ConfigError, match=r"use 12\.$"):
             check_world_size(plan.train, 3)
+
+    def test_epoch_must_hold_an_example(self) -> None:
+        with pytest.raises(DataError, match="holds no example"):
+            make_plan(make_part([0, 0], epochs=0.1))
 
     def test_example_must_fit_into_the_budget(self) -> None:
         part = Part(first_row=0, images=np.zeros(3, np.int32), lengths=np.array([5, 90, 20], np.int32))
