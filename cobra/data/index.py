@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _ROWS_PER_BATCH = 1024
+_READS_PER_RELEASE = 1000  # each read makes some 64 KiB of the file resident
 _SCHEMA = pa.schema([("id", pa.string()), ("image", pa.string()), ("turns", pa.list_(pa.string()))])
 
 T = TypeVar("T")
@@ -59,7 +61,10 @@ class Index:
         self.digest: str = facts["digest"]
         self._report = facts["report"]
         self.images: np.ndarray = np.load(folder / "images.npy", mmap_mode="r")
-        self._batches = _open_stream(folder / "rows.arrow").to_batches()
+        with (folder / "rows.arrow").open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._batches = pa.ipc.open_stream(pa.py_buffer(self._map)).read_all().to_batches()
+        self._reads = 0
 
     def __len__(self) -> int:
         return len(self.images)
@@ -70,6 +75,9 @@ class Index:
 
     def row(self, number: int) -> Row:
         """Read one row."""
+        self._reads += 1
+        if self._reads % _READS_PER_RELEASE == 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)  # or the whole file becomes resident in every worker in the end
         batch, i = self._batches[number // _ROWS_PER_BATCH], number % _ROWS_PER_BATCH
         row_id, image, turns = (batch.column(c)[i].as_py() for c in range(3))
         return Row(id=row_id, image=image, turns=_pairs(turns))
