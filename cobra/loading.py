@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
-from cobra.config import LLMConfig, ModelConfig, VisionConfig, as_config, as_dict, nearest, read_yaml
+from cobra.config import LLMConfig, LoraConfig, ModelConfig, VisionConfig, as_config, as_dict, nearest, read_yaml
 from cobra.errors import CheckpointError, ConfigError
 from cobra.hub import local_model, resolve_file, resolve_model, resolve_model_folder
+from cobra.models.lora import merged_state
 from cobra.models.pretrained import unwrapped
 from cobra.models.public import CHECKPOINT, is_public_run, load_public_run, public_config
-from cobra.models.readers import read_json, read_weights
+from cobra.models.readers import Weights, read_json, read_weights
+from cobra.models.sharded import is_sharded, read_sharded
 from cobra.models.vlm import CobraVLM, check_vocabulary
-from cobra.models.weights import load_model_folder, read_model_config
+from cobra.models.weights import fill, load_model_folder, parameters_on_meta, read_model_config, self_contained
 from cobra.releases import RELEASES, hub_name
 from cobra.text.tokenizer import Tokenizer
 
@@ -122,6 +124,12 @@ def read_model(
         )
     if is_public_run(folder):
         return _read_public(folder, vision, llm, device, dtype)
+    if is_sharded(folder):
+        if vision or llm:
+            raise ConfigError(
+                f"{folder} is a training checkpoint, on which vision and llm have no effect. Leave them out."
+            )
+        return _read_checkpoint(folder, device, dtype)
     folder = resolve_model_folder(folder)
     config = _changed(folder, vision, llm)
     tokenizer = Tokenizer(resolve_file(str(folder / "tokenizer.json"), "llm.tokenizer"))
@@ -129,6 +137,29 @@ def read_model(
         tokenizer = Tokenizer(resolve_file(config.llm.tokenizer, "llm.tokenizer"))
     check_vocabulary(tokenizer, config.llm, _OTHER_TOKENIZER)
     return load_model_folder(folder, config=config, device=device, dtype=dtype), tokenizer
+
+
+def _read_checkpoint(
+    folder: Path, device: torch.device | None, dtype: torch.dtype | None
+) -> tuple[CobraVLM, Tokenizer]:
+    """Load a run's training checkpoint, adapters merged; the run's own config says what it is."""
+    file = folder.resolve().parent.parent / "config.yaml"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} is a training checkpoint, but its run's config {file} is missing.")
+    run = read_yaml(file, "config")
+    try:
+        config, lora = as_config(ModelConfig, run["model"]), run["train"]["lora"]
+        adapters = None if lora is None else as_config(LoraConfig, lora)
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{file} does not describe a run: {error}") from None
+    tokenizer = Tokenizer(resolve_file(config.llm.tokenizer, "model.llm.tokenizer"))
+    tensors = read_sharded(folder)
+    if adapters is not None:
+        tensors = merged_state(tensors, adapters)
+    with parameters_on_meta():
+        model = CobraVLM(self_contained(config))
+    fill(model, Weights.of(tensors, str(folder)), device=device, dtype=dtype)
+    return model.to(device), tokenizer
 
 
 def _read_public(

@@ -20,6 +20,9 @@ def main(cfg: DictConfig) -> None:
     config = as_config(PretrainConfig, cfg)  # wrong settings fail here, before torch is even imported
     count = processes_to_start(config.parallel)
     if count > 1:
+        from cobra.data.sampler import check_world_size
+
+        check_world_size(config.train, count)  # here it is said once
         run_ranks(config, count, Path(__file__).resolve())
         return
 

@@ -29,7 +29,7 @@ ALLOWED = {
     "convert": {"loading"},
     "api": {"generation", "loading"},
     "data": {"text", "ranks"},
-    "train": {"models", "data", "ranks"},
+    "train": {"models", "data", "describe", "ranks"},
     "eval": {"api", "data", "ranks"},
     "describe": {"config", "models"},
 }

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
+import re
 import shutil
-import warnings
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,9 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata
 
 from cobra.errors import CheckpointError
+from cobra.models.sharded import SafeReader, expect_to_be_alone, read_into, reason
 from cobra.models.weights import untied_state
 from cobra.ranks import Ranks
 from cobra.runtime import flush_to_disk, write_text
@@ -54,7 +53,7 @@ class Saver:
     def __init__(self, folder: Path, ranks: Ranks, *, keep: int, keep_every: int | None) -> None:
         """Take the folder of the checkpoints, how many of the newest stay, and steps whose multiples stay for good."""
         self.folder, self.ranks, self.keep, self.keep_every = folder, ranks, keep, keep_every
-        _expect_to_be_alone()
+        expect_to_be_alone()
         self._running: tuple[Progress, Future[Any]] | None = None
         if ranks.is_first:
             for left_over in folder.glob(f"*{TEMPORARY}"):  # of a run that was killed while it wrote
@@ -104,7 +103,7 @@ class Saver:
                 "The checkpoint of step %d could not be written (%s). Training goes on; the last good one is %s. "
                 "Is the disk of %s full?",
                 progress.step,
-                _reason(error),
+                reason(error),
                 latest(self.folder),
                 self.folder,
             )
@@ -123,23 +122,17 @@ class Saver:
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         write_text(self.folder / "latest", target.name + "\n")
-        complete = sorted((path for path in self.folder.glob("step-*") if path.suffix != TEMPORARY), key=_step)
-        for old in complete[: -self.keep]:
+        # One of a later step is left over from before the run went back; it must not push this one out.
+        complete = [path for path in self.folder.iterdir() if 0 < _step(path) <= progress.step]
+        for old in sorted(complete, key=_step)[: -self.keep]:
             if self.keep_every is None or _step(old) % self.keep_every:
                 shutil.rmtree(old)
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def _reason(error: BaseException) -> str:
-    """The first line that says something: torch wraps the errors of ranks in its own."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        rank, failure = next(iter(failures.items()))
-        return f"rank {rank}: {_reason(failure[0])}"
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def _step(path: Path) -> int:
+    """The step of a checkpoint by its name; 0 for anything else."""
+    found = re.fullmatch(r"step-(\d+)", path.name)
+    return int(found.group(1)) if found else 0
 
 
 def latest(folder: Path) -> Path | None:
@@ -167,72 +160,16 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, r
         _check(stored, set(wanted), checkpoint)
         random = {key: torch.empty_like(value) for key, value in _random_state(ranks.rank).items() if key in stored}
         state = wanted | random
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(state, storage_reader=reader, no_dist=ranks.world_size == 1)
+        read_into(state, reader, is_alone=ranks.world_size == 1)
     except CheckpointError:
         raise
     except Exception as error:  # a damaged file shows in many ways
-        raise CheckpointError(f"The checkpoint {checkpoint} is damaged: {_reason(error)}. {remedy}") from None
+        raise CheckpointError(f"The checkpoint {checkpoint} is damaged: {reason(error)}. {remedy}") from None
     if f"rng.cpu.{ranks.rank}" in random:
         torch.set_rng_state(random[f"rng.cpu.{ranks.rank}"])
     if f"rng.cuda.{ranks.rank}" in random:
         torch.cuda.set_rng_state(random[f"rng.cuda.{ranks.rank}"])
     return progress
-
-
-def load_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Read a checkpoint's parameters whole, by name, on the CPU; the optimizer's state is not touched.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    try:
-        reader = SafeReader(checkpoint)
-        found = reader.read_metadata().state_dict_metadata
-        state = {
-            key: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
-            for key, entry in found.items()
-            if key.startswith("model.")
-        }
-        _read(state, reader, is_alone=True)
-    except Exception as error:
-        raise CheckpointError(f"The checkpoint {checkpoint} is damaged: {_reason(error)}.") from None
-    return {key.removeprefix("model."): tensor for key, tensor in state.items()}
-
-
-def _read(state: dict[str, Tensor], reader: SafeReader, *, is_alone: bool) -> None:
-    """Fill the tensors of `state`; each rank reads its own parts."""
-    _expect_to_be_alone()
-    dcp.load(state, storage_reader=reader, no_dist=is_alone)
-
-
-def _expect_to_be_alone() -> None:
-    """Hide the warning that a single process is one; a filter for one call would not reach the thread that writes."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-
-
-class SafeReader(dcp.FileSystemReader):
-    """Reads a checkpoint without executing what a pickle may hold: its index may name nothing but what torch writes."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Read the index."""
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata: Metadata = _MetadataUnpickler(file).load()
-        assert metadata.storage_meta is not None
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _NAMES = ("torch.Size", "torch.serialization._get_layout", "pathlib.PosixPath", "pathlib.WindowsPath")
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or module in self._MODULES or f"{module}.{name}" in self._NAMES:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"its index asks for {module}.{name}, which no checkpoint of ours holds")
 
 
 def _collect(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> dict[str, Tensor]:

@@ -56,8 +56,10 @@ def locked(run_folder: Path) -> Iterator[None]:
     Raises:
         CheckpointError: another process trains in it.
     """
+    made = [folder for folder in (run_folder, *run_folder.parents) if not folder.exists()]
     run_folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_folder / LOCK_FILE, timeout=0)
+    file = run_folder / LOCK_FILE
+    lock = FileLock(file, timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -67,6 +69,11 @@ def locked(run_folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if made and list(run_folder.iterdir()) == [file]:  # nothing came of it: leave nothing behind
+            file.unlink()
+            for folder in made:
+                if not any(folder.iterdir()):
+                    folder.rmdir()
         lock.release()
 
 

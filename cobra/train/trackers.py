@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,8 +43,12 @@ class JsonlTracker:
         self._file = self.path.open("a", encoding="utf-8")
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Append a line and flush it."""
-        self._file.write(json.dumps(metrics) + "\n")
+        """Append a line and flush it; what is not finite becomes null, as JSON has no word for it."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in metrics.items()
+        }
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -262,6 +262,7 @@ class Trainer:
                 f"Stopped after step {step} of {self.num_steps}, but its checkpoint could not be written. The same "
                 f"command goes on from {checkpoint.latest(self.checkpoints) or 'the beginning'}."
             )
+        self.ranks.barrier()  # a supervisor may stop all ranks as soon as the first one leaves
         raise Interrupted(
             f"Stopped after step {step} of {self.num_steps}; a checkpoint is saved. "
             "The same command goes on from here.",
