@@ -155,6 +155,7 @@ class ParallelConfig:
     ops: str = "auto"  # backend of the sequence model's operations, see cobra.ops
     processes: int | None = 1  # started on this machine; null: one per GPU. Ignored below torchrun and SLURM
     replicate: int = 1  # copies of the sharded model (HSDP); usually the number of nodes
+    reshard: bool = False  # give gathered blocks up after the forward pass: less memory, one more gathering
     shard_frozen: bool = True  # shard the frozen encoders too; false: every device holds them whole
     recompute: int | None = None  # Mamba and ViT blocks computed again in the backward pass: 1 all, k every k-th
     compile: bool = False  # torch.compile each block

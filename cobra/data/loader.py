@@ -80,8 +80,10 @@ def iterate(
 
 
 def _leave_interrupts_to_the_parent(_worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the trainer stops the workers once its step is saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Terminals and SLURM signal every process; the trainer stops the workers once its step is saved."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):  # Windows has the first two
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _Guarded:

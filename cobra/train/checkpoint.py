@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from cobra.errors import CheckpointError
-from cobra.models.sharded import SafeReader, expect_to_be_alone, read_into, reason
+from cobra.models.sharded import FAILURES, SafeReader, expect_to_be_alone, read_into, reason
 from cobra.models.weights import untied_state
 from cobra.ranks import Ranks
 from cobra.runtime import flush_to_disk, write_text
@@ -72,7 +72,7 @@ class Saver:
                 process_group=self.ranks.host_group,
                 no_dist=self.ranks.world_size == 1,
             )
-        except Exception as error:
+        except FAILURES as error:
             future = Future()
             future.set_exception(error)
         assert isinstance(future, Future)
@@ -96,7 +96,7 @@ class Saver:
             future.result()
             if self.ranks.is_first:
                 self._publish(progress)
-        except Exception as error:  # whatever went wrong on whichever rank, a full disk above all
+        except FAILURES as error:  # whatever went wrong on whichever rank, a full disk above all
             if self.ranks.is_first:
                 shutil.rmtree(self._temporary(progress), ignore_errors=True)
             log.error(
@@ -163,7 +163,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, r
         read_into(state, reader, is_alone=ranks.world_size == 1)
     except CheckpointError:
         raise
-    except Exception as error:  # a damaged file shows in many ways
+    except FAILURES as error:  # a damaged file shows in many ways
         raise CheckpointError(f"The checkpoint {checkpoint} is damaged: {reason(error)}. {remedy}") from None
     if f"rng.cpu.{ranks.rank}" in random:
         torch.set_rng_state(random[f"rng.cpu.{ranks.rank}"])

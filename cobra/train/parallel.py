@@ -94,7 +94,7 @@ def shard(model: CobraVLM, config: ParallelConfig, mesh: DeviceMesh, device: tor
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     units = [*_blocks(model, vision=not keep_whole), model.projector]
     for unit in units:
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=vision if keep_whole else None)
 
     model.to_empty(device=device)
@@ -146,7 +146,7 @@ def whole_state(model: nn.Module, *, is_first: bool) -> dict[str, Tensor]:
 
 
 @contextmanager
-def unsharded(model: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module, config: ParallelConfig) -> Iterator[None]:
     """Hold all parameters whole inside, in the dtype they are computed in, so that any part can run on any rank alone.
 
     Takes the memory of the model in that dtype on every device.
@@ -160,8 +160,8 @@ def unsharded(model: nn.Module) -> Iterator[None]:
     finally:
         for unit in units:
             unit.reshard()
-            # as `fully_shard` chooses: the root's parameters are needed again at once in the backward pass
-            unit.set_reshard_after_forward(unit is not model, recurse=False)
+            # the root's parameters are needed again at once in the backward pass, so they stay in any case
+            unit.set_reshard_after_forward(config.reshard and unit is not model, recurse=False)
 
 
 def _blocks(model: CobraVLM, *, vision: bool) -> Iterable[nn.Module]:

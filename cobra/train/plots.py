@@ -70,12 +70,13 @@ def _curve(
     axes: Axes, rows: Sequence[Row], key: str, name: str, color: str, *, log: bool = False, label: str | None = None
 ) -> None:
     found = [row for row in rows if row.get(key) is not None]
-    axes.plot([row["step"] for row in found], [row[key] for row in found], color=color, label=label)
+    values = [row[key] for row in found]
+    axes.plot([row["step"] for row in found], values, color=color, label=label)
     axes.set(ylabel=name)
     if log:
         axes.set(yscale="log")
     else:
-        axes.set(ylim=(0, None))
+        axes.set(ylim=(0, 1.1 * max(values, default=0) or 1))  # a level curve must not lie on the frame
 
 
 def _save(figure: Figure, file: Path) -> None:

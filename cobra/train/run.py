@@ -180,7 +180,7 @@ def _fit(
     def validate() -> dict[str, float]:
         assert validator is not None
         is_mixed = autocasts(config.parallel, model)
-        with unsharded(model), torch.autocast(model.device.type, torch.bfloat16, enabled=is_mixed):
+        with unsharded(model, config.parallel), torch.autocast(model.device.type, torch.bfloat16, enabled=is_mixed):
             return validator(model, tokenizer, ranks)
 
     trackers = build_trackers(config.tracker, run_folder, as_dict(config), first_step) if ranks.is_first else []

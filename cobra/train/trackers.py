@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,6 +66,7 @@ class WandbTracker:
             import wandb
         except ImportError:
             raise ConfigError("tracker=wandb needs a package that is not installed: pip install wandb") from None
+        self._has_failed = False
         mode = config.mode
         if mode == "auto":
             mode = "online" if wandb.api.api_key else "offline"
@@ -88,7 +91,7 @@ class WandbTracker:
             log.warning(
                 "W&B cannot be reached (%s). Training goes on; its metrics are written offline to %s/wandb (`wandb "
                 "sync` uploads them), and to metrics.jsonl as always.",
-                str(error).splitlines()[0] if str(error) else type(error).__name__,
+                _first_line(error),
                 run_folder,
             )
             wandb.teardown()
@@ -96,11 +99,27 @@ class WandbTracker:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Send the metrics."""
-        self._run.log({key: value for key, value in metrics.items() if value is not None}, step=metrics["step"])
+        with self._survived():
+            self._run.log({key: value for key, value in metrics.items() if value is not None}, step=metrics["step"])
 
     def close(self) -> None:
         """Finish the run."""
-        self._run.finish()
+        with self._survived():
+            self._run.finish()
+
+    @contextmanager
+    def _survived(self) -> Iterator[None]:
+        """Say once what W&B does not do any more; no metric is worth a run."""
+        try:
+            yield
+        except Exception as error:
+            if not self._has_failed:
+                log.warning("W&B has failed (%s). Training goes on, metrics.jsonl has everything.", _first_line(error))
+            self._has_failed = True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def build_trackers(config: TrackerConfig, run_folder: Path, settings: dict[str, Any], first_step: int) -> list[Tracker]:
