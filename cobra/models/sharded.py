@@ -10,9 +10,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from cobra.errors import CheckpointError
+
+# What reading and writing may raise; torch's own wraps what went wrong on a rank, and is no `Exception`.
+FAILURES = (Exception, CheckpointException)
 
 PREFIX = "model."  # of the parameters' names; beside them a checkpoint holds the optimizer and random states
 
@@ -37,7 +41,7 @@ def read_sharded(checkpoint: Path) -> dict[str, Tensor]:
             if key.startswith(PREFIX)
         }
         read_into(state, reader, is_alone=True)
-    except Exception as error:
+    except FAILURES as error:
         raise CheckpointError(
             f"The checkpoint {checkpoint} is damaged: {reason(error)}. Use an older one of the same run."
         ) from None
