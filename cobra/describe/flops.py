@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cobra.config import LLMConfig
+from cobra.config import LLMConfig, LoraConfig
 from cobra.describe.meta import ImageTrace
 
 
@@ -51,7 +51,26 @@ def decoding_flops(config: LLMConfig) -> int:
     return blocks_flops(config) + head_flops(config)
 
 
-def training_flops(llm: LLMConfig, image: ImageTrace, text_tokens: int, trained: tuple[str, ...]) -> dict[str, Flops]:
+def block_adapter_flops(config: LLMConfig, lora: LoraConfig) -> int:
+    """Adapters of one block for one token: 2 r (in + out) for each projection that is adapted."""
+    width, inner, rank = config.d_model, config.d_inner, config.rank
+    sides = {
+        "in_proj": width + 2 * inner,
+        "x_proj": inner + rank + 2 * config.d_state,
+        "dt_proj": rank + inner,
+        "out_proj": inner + width,
+    }
+    return 2 * lora.rank * sum(size for name, size in sides.items() if name in lora.targets)
+
+
+def head_adapter_flops(config: LLMConfig, lora: LoraConfig) -> int:
+    """The head's adapter for one token: 2 r (D + V); what it adds to the embedding is left out."""
+    return 2 * lora.rank * (config.d_model + config.padded_vocab_size) if "head" in lora.targets else 0
+
+
+def training_flops(
+    llm: LLMConfig, image: ImageTrace, text_tokens: int, trained: tuple[str, ...], lora: LoraConfig | None = None
+) -> dict[str, Flops]:
     """Forward and backward of one example (one image, one text), by part.
 
     A trained part's backward pass costs twice its forward pass (gradients of inputs and of weights); the projector's
@@ -63,11 +82,17 @@ def training_flops(llm: LLMConfig, image: ImageTrace, text_tokens: int, trained:
     read = (image.tokens + text_tokens) * blocks_flops(llm) + text_tokens * head_flops(llm)
     learns = "vision" in trained
     projector = image.projector
-    return {
+    llm_learns = "llm" in trained and lora is None
+    found = {
         "vision": Flops(
             forward=sum(trace.forward for trace in image.vision),
             backward=sum(trace.backward for trace in image.vision) if learns else 0,
         ),
         "projector": Flops(forward=projector.forward, backward=2 * projector.forward if learns else projector.backward),
-        "llm": Flops(forward=read, backward=(2 if "llm" in trained else 1) * read),
+        "llm": Flops(forward=read, backward=(2 if llm_learns else 1) * read),
     }
+    if lora is not None:
+        added = (image.tokens + text_tokens) * llm.num_layers * block_adapter_flops(llm, lora)
+        added += text_tokens * head_adapter_flops(llm, lora)
+        found["adapters"] = Flops(forward=added, backward=2 * added)
+    return found

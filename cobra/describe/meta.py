@@ -37,6 +37,7 @@ class Trace:
         first: the part of `matmul` in the first layer, which needs no gradient for what it reads.
         kept_values: numbers that all leaf modules read: what a backward pass has to keep.
         attended_values: tokens x width, summed over the attention layers: over the blocks that are run.
+        attended_layers: their number.
     """
 
     matmul: int = 0
@@ -44,6 +45,7 @@ class Trace:
     first: int = 0
     kept_values: int = 0
     attended_values: int = 0
+    attended_layers: int = 0
 
     @property
     def forward(self) -> int:
@@ -98,6 +100,7 @@ def _traced(module: nn.Module) -> Iterator[Trace]:
         tokens, width = inputs[0].shape[-2:]
         trace.attention += 4 * tokens**2 * width
         trace.attended_values += tokens * width
+        trace.attended_layers += 1
 
     hooks: list[Any] = []
     for layer in module.modules():

@@ -13,10 +13,11 @@ def table(found: Description) -> str:
     """Return all numbers of a description in blocks, lines of at most 120 characters."""
     flops = found.training_flops
     forward, backward = (sum(getattr(part, key) for part in flops.values()) for key in ("forward", "backward"))
-    both = found.memory, found.memory_recomputed
+    memories, parallel = found.memories, found.parallel
+    columns = [f"recompute={_value(key)}" + (" (set)" if key == parallel.recompute else "") for key in memories]
     memory_rows = {
         "weights": "weights",
-        f"copies of weights ({found.precision})": "copies",
+        f"gathered or cast weights ({parallel.precision})": "copies",
         "gradients": "gradients",
         "AdamW's two moments": "optimizer",
         "activations": "activations",
@@ -46,8 +47,11 @@ def table(found: Description) -> str:
         *_block("FLOPs of one generated token", ("llm", _short(found.decoding_flops))),
         *_block(
             f"Training memory per GPU, {gpus} (estimate)",
-            ("", "all kept", "blocks recomputed"),
-            *((label, *(f"{_short(getattr(memory, key))}B" for memory in both)) for label, key in memory_rows.items()),
+            ("", *columns),
+            *(
+                (label, *(f"{_short(getattr(memory, key))}B" for memory in memories.values()))
+                for label, key in memory_rows.items()
+            ),
         ),
         *_assumptions(found),
         "",
@@ -61,18 +65,23 @@ def table(found: Description) -> str:
 
 def _assumptions(found: Description) -> list[str]:
     """What the estimate of memory takes for granted."""
-    sharing = (
-        f"trained parts sharded over {found.world_size} GPUs (fp32, moments and gradients too), frozen parts whole in "
-        f"{found.precision}"
-        if found.world_size > 1
-        else "parameters, moments and gradients in fp32"
-    )
-    batch = f"{found.rows} images" + (f" with {found.rows_per_image} texts each" if found.rows_per_image > 1 else "")
+    parallel, batch = found.parallel, f"{found.rows} images"
+    if found.rows_per_image > 1:
+        batch += f" with {found.rows_per_image} texts each"
+    keys = ["precision"]
+    if found.world_size > 1:
+        keys += ["reshard", "replicate", "shard_frozen", "defer_gradient_sync"]
+    settings = ", ".join(f"{key}={_value(getattr(parallel, key))}" for key in keys)
     return [
-        f"  Assumes {sharing};",
-        f"  a micro-batch of {batch}, {found.text_tokens} text tokens each; computes in {found.precision}.",
+        f"  With the config's parallel: {settings};",
+        f"  a micro-batch of {batch}, {found.text_tokens} text tokens each. What learns is fp32, with two moments.",
         "  Left out: what passes through frozen towers, the allocator's gaps, the CUDA context.",
     ]
+
+
+def _value(value: object) -> str:
+    """A setting as it is typed."""
+    return "null" if value is None else str(value).lower()
 
 
 def _block(title: str, *rows: tuple[str, ...]) -> list[str]:
