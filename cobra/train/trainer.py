@@ -65,11 +65,13 @@ class Trainer:
         if newest is not None:
             progress = checkpoint.load(newest, self.model, self.optimizer, self.ranks)
             if progress.data != self.progress.data:
-                raise CheckpointError(
-                    f"{newest} was trained on other rows than data.annotations holds now. Give it the same file, or "
-                    "choose another run.name."
-                )
-            self.progress = progress
+                problem = f"{newest} was trained on other rows than data.annotations holds now."
+                if self.config.resume != "anyway":
+                    raise CheckpointError(
+                        f"{problem} Give it the same file, or choose another run.name. resume=anyway goes on with them."
+                    )
+                log.warning("%s Going on with the new ones.", problem)
+            self.progress = replace(progress, data=self.progress.data)
             log.info("Resuming from %s.", newest)
 
     def fit(
