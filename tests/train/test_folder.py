@@ -115,6 +115,16 @@ class TestFinishedRun:
         with pytest.raises(CheckpointError, match="trained on other rows"):
             fit(f"data.annotations={small_data.captions}")
 
+    def test_goes_on_with_other_rows_if_it_may(self, fit: Fit, finished: Path, small_data, caplog) -> None:
+        """The rows of the last checkpoint are the run's from then on."""
+        other = [f"data.annotations={small_data.captions}", "train.max_steps=14"]
+        run = fit(*other, "resume=anyway")
+        assert len(losses(run)) == 14
+        assert any("other rows" in r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
+        fit(*other)
+        with pytest.raises(CheckpointError, match="trained on other rows"):
+            fit("train.max_steps=14")
+
     def test_unreadable_config_is_named(self, fit: Fit, finished: Path) -> None:
         (finished / "config.yaml").write_text("just text")
         with pytest.raises(CheckpointError, match="is not a config"):
