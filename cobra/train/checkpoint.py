@@ -55,6 +55,7 @@ class Saver:
         self.folder, self.ranks, self.keep, self.keep_every = folder, ranks, keep, keep_every
         expect_to_be_alone()
         self._running: tuple[Progress, Future[Any]] | None = None
+        self.last_step = 0  # of the newest checkpoint that was begun
         if ranks.is_first:
             for left_over in folder.glob(f"*{TEMPORARY}"):  # of a run that was killed while it wrote
                 shutil.rmtree(left_over, ignore_errors=True)
@@ -76,7 +77,7 @@ class Saver:
             future = Future()
             future.set_exception(error)
         assert isinstance(future, Future)
-        self._running = (progress, future)
+        self._running, self.last_step = (progress, future), progress.step
 
     def poll(self) -> None:
         """Publish the checkpoint that is being written, if it is complete by now."""

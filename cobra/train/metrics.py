@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from cobra.config import ModelConfig, ParallelConfig
+from cobra.config import ModelConfig, ParallelConfig, TrainConfig
 from cobra.data.batch import Batch
 from cobra.describe.flops import training_flops
 from cobra.describe.meta import build_on_meta, trace_image
@@ -58,8 +58,8 @@ class Counts:
             rows, longest = batch.input_ids.shape
             counts.labels += batch.num_labels
             counts.rows += len(batch.ids)
-            counts.images += num_images
-            counts.text_tokens += int(batch.lengths.sum())
+            counts.images += num_images - batch.num_pads if num_images else 0
+            counts.text_tokens += int(batch.lengths.sum()) - batch.num_pads  # a pad has one token
             counts.positions += rows * longest + num_images * image_tokens
             counts.pads += batch.num_pads
             counts.bad += len(batch.bad)
@@ -77,11 +77,13 @@ class Counts:
 class Flops:
     """Floating-point operations of training: the forward and backward passes that the stage needs, nothing twice."""
 
-    def __init__(self, config: ModelConfig, stage: str) -> None:
+    def __init__(self, config: ModelConfig, train: TrainConfig) -> None:
         """Count them from the config alone."""
-        image, parts = trace_image(build_on_meta(config)), TRAINED_PARTS[stage]
+        image, parts = trace_image(build_on_meta(config)), TRAINED_PARTS[train.stage]
         # linear in the number of text tokens
-        none, one = (sum(p.total for p in training_flops(config.llm, image, n, parts).values()) for n in (0, 1))
+        none, one = (
+            sum(p.total for p in training_flops(config.llm, image, n, parts, train.lora).values()) for n in (0, 1)
+        )
         self.image, self.text_token = none, one - none
 
     def of(self, counts: Counts) -> float:

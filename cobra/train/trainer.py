@@ -91,7 +91,7 @@ class Trainer:
                 parameter is not. No update from it has been made, nor such parameters been saved.
         """
         train, device = self.config.train, self.model.device
-        flops = Flops(self.config.model, train.stage)
+        flops = Flops(self.config.model, train)
         peak = peak_flops(self.config.parallel, device)
         window = Window(flops, peak, self.ranks.world_size, self.image_tokens)
         bar = tqdm(
@@ -156,16 +156,15 @@ class Trainer:
         counts = Counts(*self.ranks.sum(counts.values()))
         if counts.failed:
             problems = [found for found in self.ranks.gather(problem) if found is not None]
-            if self.progress.step > 0:
-                self.save()
-                self.saver.finish()
+            self._save_before_leaving()
             raise DataError(problems[0])
         if counts.bad:
             self._note_bad_examples(batches)
-        if counts.labels == 0:
+        if counts.labels == 0:  # rows without answers were left out when the data was opened
+            self._save_before_leaving()
             raise DataError(
-                f"Step {self.progress.step + 1}: no row of the batch has an answer within model.max_length="
-                f"{self.config.model.max_length} tokens; raise it, or find the rows with data.check=decode."
+                f"Step {self.progress.step + 1}: no image of the whole batch can be read, see "
+                f"{self.run_folder / BAD_EXAMPLES_FILE}. Is the image folder still there?"
             )
         return batches, counts
 
@@ -236,8 +235,8 @@ class Trainer:
             shown = ", ".join(map(repr, ids[:8])) + (" ..." if len(ids) > 8 else "")
             raise self._diverged(
                 step,
-                f"loss {loss}, gradient norm {grad_norm}, the {limit}th step in a row without an update; its rows are "
-                f"{shown}",
+                f"loss {loss}, gradient norm {grad_norm}, the last of {limit} steps in a row without an update; its "
+                f"rows are {shown}",
             )
 
     def _diverged(self, step: int, what: str) -> NumericsError:
@@ -256,6 +255,13 @@ class Trainer:
                 self.progress.step, f"its update left NaN or infinity in the parameter {name}. It was not saved"
             )
         self.saver.save(self.progress, self.model, self.optimizer)
+
+    def _save_before_leaving(self) -> None:
+        """Make sure that the step that was done last is saved."""
+        is_saved = self.saver.finish() and self.saver.last_step == self.progress.step
+        if self.ranks.sum([float(not is_saved)])[0] and self.progress.step > 0:
+            self.save()
+            self.saver.finish()
 
     def _stop(self, exit_code: int) -> None:
         step = self.progress.step

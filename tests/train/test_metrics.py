@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cobra.config import ParallelConfig
+from cobra.config import ParallelConfig, TrainConfig
 from cobra.data.batch import Example, collate
 from cobra.train import metrics
 from cobra.train.metrics import PEAK_TFLOPS, Counts, Flops, Window, peak_flops
@@ -26,6 +26,10 @@ def example(*lengths: int, image: bool = True, ids: bool = True) -> Example:
     pixels = [torch.zeros(3, 8, 8, dtype=torch.uint8)] if image else None
     made = [([1] * length, [-100] + [1] * (length - 1)) for length in lengths]
     return Example(pixels=pixels, rows=made, ids=tuple(f"r{i}" for i in range(len(lengths))) if ids else ())
+
+
+def stage_config(stage: str) -> TrainConfig:
+    return TrainConfig(stage=stage, global_batch_size=1, per_device_batch_size=1, learning_rate=1.0, max_steps=1)
 
 
 class TestFlops:
@@ -49,7 +53,7 @@ class TestFlops:
             ("finetune", 3, 2 * sum(projector) - projector[0]),
             ("full-finetune", 3, 2 * sum(projector)),
         ):
-            flops = Flops(small_model_config, stage)
+            flops = Flops(small_model_config, stage_config(stage))
             # Gradients of inputs and of weights cost as much again each, but pixels need none.
             seen = 3 * towers - 2 * (2 * patch * patches) if stage == "full-finetune" else towers
             assert flops.image == seen + sum(projector) + back + llm * 64 * token
@@ -67,9 +71,9 @@ class TestCounts:
         counts = Counts.of(batches, image_tokens=10)
         assert (counts.rows, counts.images, counts.pads) == (4, 2, 1)
         assert counts.labels == 3 + 6 + 4 + 2
-        assert counts.text_tokens == 4 + 7 + 5 + 3 + 1
+        assert counts.text_tokens == 4 + 7 + 5 + 3  # the pad's token is none of the data's
         assert counts.positions == 3 * 7 + 2 * 10 + 2 * 3
-        assert counts.tokens(10) == 20 + 20
+        assert counts.tokens(10) == 20 + 19
         assert Counts(*counts.values()) == counts
 
 
@@ -131,7 +135,7 @@ class TestWindow:
 def test_metrics_of_a_run(whole_run: Path, small_model_config) -> None:
     found = rows(whole_run)
     assert [row["step"] for row in found] == list(range(1, 13))
-    flops = Flops(small_model_config, "finetune")
+    flops = Flops(small_model_config, stage_config("finetune"))
     for row in found:
         assert 0 <= row["padding_fraction"] < 1 and 0 <= row["data_wait_fraction"] <= 1
         assert row["pads"] == row["skipped_steps"] == row["bad_examples"] == 0
