@@ -91,7 +91,7 @@ def test_too_many_in_a_row_name_their_rows(fit: Fit, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(cobra.train.run, "iterate", watched)
     spoil(monkeypatch, {5, 6, 7, 8})
-    with pytest.raises(NumericsError, match=r"^Step 8: loss nan, .* last of 3 steps in a row without an update") as caught:
+    with pytest.raises(NumericsError, match=r"^Step 8: loss nan, .* last of 3 steps in a row without") as caught:
         fit("train.max_skipped_steps=3")
     message = str(caught.value)
     assert "\n" not in message and "Try a lower train.learning_rate" in message
