@@ -95,7 +95,8 @@ def test_only_the_second_stage_starts_from_a_run(tiny_config: Compose, name: str
     config = tiny_config(f"+experiment={name}", "paths.runs=/runs", "paths.data=/data")
     assert config.init_from == ("/runs/cobra-3b-align" if name == "cobra-3b-aligned" else None)
     folder = "llava-laion-cc-sbu-558k" if name == "cobra-3b-align" else "llava-v1.5-instruct"
-    assert Path(config.data.annotations).parent == Path(config.data.images) == Path("/data") / folder
+    (files,) = config.data.sets.values()
+    assert Path(files.annotations).parent == Path(files.images) == Path("/data") / folder
     assert config.data.source is None
 
 
