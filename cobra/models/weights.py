@@ -67,11 +67,6 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def load_part(module: nn.Module, path: Path) -> None:
-    """Load one module's weights from a weight file; every key must fit."""
-    fill(module, read_weights(path))
-
-
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
     """Copy `tensors` into the parameters and buffers of `module`; errors as in `fill`."""
     fill(module, Weights.of(tensors, origin))

@@ -20,7 +20,7 @@ from cobra.hub import resolve_file, resolve_model, resolve_model_folder
 from cobra.models.build import build_model, set_trainable
 from cobra.models.public import is_public_run, load_public_run
 from cobra.models.vlm import CobraVLM, check_vocabulary
-from cobra.models.weights import load_part, save_model_folder
+from cobra.models.weights import load_model_folder, save_model_folder
 from cobra.ops import use_backend
 from cobra.runtime import pick_device, write_text
 from cobra.text.prompt import prompt_format
@@ -129,12 +129,12 @@ def _initial_model(config: PretrainConfig, tokenizer: Tokenizer) -> CobraVLM:
     """Build the model as step 0 sees it, with the stage's parts set to learn."""
     check_vocabulary(tokenizer, config.model.llm, f"Set model.llm.vocab_size={len(tokenizer)}.")
     start = None if config.init_from is None else _start_folder(config.init_from)  # before weights are read
-    if start is not None and is_public_run(start):
+    if start is None:
+        model = build_model(config.model, config.run.seed)
+    elif is_public_run(start):
         model = load_public_run(start, config.model, dtype=torch.float32)  # parts it does not hold: as the config says
     else:
-        model = build_model(config.model, config.run.seed)
-        if start is not None:
-            load_part(model, start / "model.safetensors")
+        model = load_model_folder(start, config=config.model, dtype=torch.float32)
     set_trainable(model, config.train.stage)
     return model
 
