@@ -158,7 +158,7 @@ def _without_transparency(image: Image.Image) -> Image.Image:
         raise ValueError("floating-point pixels have no defined white; scale them to 0 ... 255 as uint8")
     if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow alone would clip, not scale
         return _from_16_bits(image).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.has_transparency_data:
         rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
         shown = Image.new("RGB", rgba.size, _WHITE)
         shown.paste(rgba, mask=rgba.getchannel("A"))

@@ -135,6 +135,7 @@ RED, WHITE = (255, 0, 0), (255, 255, 255)
         (Image.new("RGBA", (1, 1), HALF_TRANSPARENT_RED).convert("RGBa"), [(255, 127, 127)]),
         (Image.new("P", (1, 1)).quantize(2), [(0, 0, 0)]),
         (palette_with_transparency(), [WHITE]),
+        (Image.new("RGBA", (1, 1), HALF_TRANSPARENT_RED).quantize(2), [(255, 127, 127)]),  # a palette of four channels
         (in_file(Image.new("RGB", (1, 1), RED).quantize(2), "GIF"), [RED]),
         (Image.new("PA", (1, 1), (0, 0)), [WHITE]),
         (Image.new("L", (1, 1), GREY), [(GREY, GREY, GREY)]),
