@@ -60,7 +60,7 @@ def open_image(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
     try:
         decoded = Image.open(io.BytesIO(content))
         decoded.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders of damaged files raise anything
         reason = "unknown format or damaged" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"The image {image} does not decode: {reason}. Replace the file or leave it out.") from None
     return decoded

@@ -136,7 +136,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.load()
         orientation = _orientation(image)
         image = _without_transparency(image)
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError) as error:  # the last: nonsense in `info`
+    except Exception as error:  # decoders of damaged files raise anything, and so does nonsense in `info`
         reason = error.args[0] if isinstance(error, KeyError) else error
         raise DataError(
             f"The image of mode {image.mode} cannot be shown as RGB: {reason}. Convert it or leave it out."
