@@ -24,6 +24,7 @@ from cobra.errors import CheckpointError
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _RELEASE_AFTER = 2**30  # bytes read from one mapping of a file before its pages are given back, at some 50 ms each
 _MAX_DEPTH = 32  # of containers in a .pt; training files have at most six or so
 _MAX_CONTAINERS = 2**20
@@ -130,6 +131,7 @@ def read_weights(path: Path) -> Weights:
         return _read_folder(path)
     if not _is_file(path):
         raise CheckpointError(f"{path} is missing.")
+    _refuse_pointer(path)
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 
 
@@ -157,6 +159,16 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # a name too long for any file
         return False
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Refuse what a clone without Git LFS leaves in the place of a large file: a few lines of text about it."""
+    with reading(path), path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise CheckpointError(
+            f"{path} holds no weights but a pointer of Git LFS; fetch the file itself with `git lfs pull`."
+        )
 
 
 def _read_folder(folder: Path) -> Weights:

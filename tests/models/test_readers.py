@@ -123,6 +123,13 @@ def test_truncated_files_are_refused(tensors: dict[str, Tensor], tmp_path: Path,
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["x.pt", "model.safetensors"])
+def test_git_lfs_pointers_are_called_so(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n")
+    with pytest.raises(CheckpointError, match=rf"{name} holds no weights but a pointer of Git LFS; .*git lfs pull"):
+        read_weights(tmp_path)
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_code_in_a_file_never_runs(tensors: dict[str, Tensor], tmp_path: Path, legacy: bool) -> None:
     trap = Trap(tmp_path / "sprung")
