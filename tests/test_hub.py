@@ -201,7 +201,7 @@ def test_what_is_in_the_way_of_a_model_is_named(stand_in: Hub, tmp_path: Path, m
         ("cobra-3b", "model=cobra-3b: .*shelf/cobra-3b is a file, and a model is a folder"),
         (shelf / "cobra-3b", "shelf/cobra-3b is a file, and a model is a folder"),
         ("run", r"latest-checkpoint.pt is a link to step-7.pt, which is missing"),
-        ("mamba", "holds a language model alone"),
+        ("mamba", "holds no Cobra model but a language model alone"),
     ):
         with pytest.raises(CheckpointError, match=message):
             cobra.load(name)
