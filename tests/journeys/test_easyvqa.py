@@ -96,7 +96,19 @@ def test_readme_python_runs(folder: Path) -> None:
     assert result.stdout.strip()  # what it streams
 
 
-@pytest.mark.parametrize("line", re.findall(r"^ {4}(python scripts/[^#\n]+)", README.read_text(), flags=re.MULTILINE))
+def readme_commands(script: str) -> list[str]:
+    return re.findall(rf"^ {{4}}(python scripts/{script}\.py[^#\n]*)", README.read_text(), flags=re.MULTILINE)
+
+
+def test_readme_conversion_loads_again(folder: Path, command: Callable[..., list[str]]) -> None:
+    (line,) = readme_commands("convert")
+    assert line.split()[2:4] == ["runs/tiny", "exported"]
+    subprocess.run(command("convert", *line.split()[2:]), cwd=folder, check=True)
+    (load,) = re.findall(r"^ {4}(vlm = cobra\.load\(\"exported\".*\))", README.read_text(), flags=re.MULTILINE)
+    subprocess.run([sys.executable, "-c", f"import cobra\n{load}"], cwd=folder, check=True)
+
+
+@pytest.mark.parametrize("line", readme_commands("(?:pretrain|evaluate)"))
 def test_readme_command_composes(folder: Path, line: str) -> None:
     _, file, *arguments = line.split()
     if "--help" not in arguments:
