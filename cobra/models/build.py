@@ -22,6 +22,8 @@ TRAINED_PARTS = {
 def build_model(config: ModelConfig, seed: int) -> CobraVLM:
     """Build the model with fresh projector and language model, and pretrained parts as the config names them.
 
+    All parameters are float32, whatever their files store: 16 bits would lose an optimizer's small steps.
+
     Args:
         config: sizes, and `weights` of each part.
         seed: of the fresh weights; the same seed gives the same weights on every machine.
@@ -44,9 +46,10 @@ def build_model(config: ModelConfig, seed: int) -> CobraVLM:
         model.llm.init_weights(generator)
     for i, tower in enumerate(towers):
         if tower.weights != "random":
-            load_tower(model.vision.towers[i], tower, f"model.vision.towers[{i}].weights")  # type: ignore[arg-type]
+            setting = f"model.vision.towers[{i}].weights"
+            load_tower(model.vision.towers[i], tower, setting, dtype=torch.float32)  # type: ignore[arg-type]
     if config.llm.weights != "random":
-        load_llm(model.llm, config.llm.weights, "model.llm.weights")
+        load_llm(model.llm, config.llm.weights, "model.llm.weights", dtype=torch.float32)
     return model
 
 

@@ -19,7 +19,7 @@ from cobra.models.build import build_model, set_trainable
 from cobra.models.lora import attach_adapters, merged_state
 from cobra.models.public import is_public_run, load_public_run
 from cobra.models.vlm import CobraVLM, check_vocabulary
-from cobra.models.weights import load_part, parameters_on_meta, save_model_folder, self_contained
+from cobra.models.weights import load_model_folder, parameters_on_meta, save_model_folder, self_contained
 from cobra.ops import use_backend
 from cobra.ranks import Ranks, joined
 from cobra.runtime import pick_device
@@ -127,12 +127,11 @@ def _device(config: PretrainConfig) -> torch.device:
 def _initial_model(config: PretrainConfig) -> CobraVLM:
     """Build the model as step 0 sees it, on the CPU."""
     start = None if config.init_from is None else _start_folder(config.init_from)  # before weights are read
-    if start is not None and is_public_run(start):
+    if start is None:
+        return build_model(config.model, config.run.seed)
+    if is_public_run(start):
         return load_public_run(start, config.model, dtype=torch.float32)  # parts it does not hold: as the config says
-    model = build_model(config.model, config.run.seed)
-    if start is not None:
-        load_part(model, start / "model.safetensors")
-    return model
+    return load_model_folder(start, config=config.model, dtype=torch.float32)
 
 
 def _start_folder(name: str) -> Path:

@@ -97,9 +97,18 @@ def test_readme_python_runs(folder: Path) -> None:
 
 
 COMMANDS = re.findall(r"^ {4}((?:python|torchrun) [^#\n]+)", README.read_text(), flags=re.MULTILINE)
+CONVERSIONS = [line for line in COMMANDS if "convert.py" in line]
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+def test_readme_conversion_loads_again(folder: Path, command: Callable[..., list[str]]) -> None:
+    (line,) = CONVERSIONS
+    assert line.split()[2:4] == ["runs/tiny", "exported"]
+    subprocess.run(command("convert", *line.split()[2:]), cwd=folder, check=True)
+    (load,) = re.findall(r"^ {4}(vlm = cobra\.load\(\"exported\".*\))", README.read_text(), flags=re.MULTILINE)
+    subprocess.run([sys.executable, "-c", f"import cobra\n{load}"], cwd=folder, check=True)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line not in CONVERSIONS])
 def test_readme_command_composes(folder: Path, line: str) -> None:
     if "-m cobra.describe" in line:
         command = line.split()[1:]

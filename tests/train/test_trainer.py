@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import cobra.train.run
 from cobra.errors import BackendError, CheckpointError, CobraError, ConfigError, DataError
@@ -84,6 +85,10 @@ def test_init_from_starts_from_another_run(fit: Fit, small_data) -> None:
         torch.testing.assert_close(weights(second)[name], tensor, rtol=0, atol=1e-20)
     with pytest.raises(CheckpointError, match="does not fit the model"):
         fit("run.name=third", f"init_from={first}", "model.llm.num_layers=1")
+    halved = {name: tensor.bfloat16() for name, tensor in weights(first).items()}
+    save_file(halved, first / "model" / "model.safetensors")
+    fourth = fit("run.name=fourth", f"init_from={first}", "model.llm.weights=/absent", "train.max_steps=1")
+    assert {tensor.dtype for tensor in weights(fourth).values()} == {torch.float32}  # and nothing else is looked for
 
 
 def test_bf16_keeps_float32_of_what_learns(fit: Fit, whole_run: Path) -> None:
