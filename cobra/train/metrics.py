@@ -46,6 +46,7 @@ class Counts:
     positions: float = 0.0  # image and text tokens, padding included
     pads: float = 0.0  # units that only give a rank something to run
     bad: float = 0.0  # rows left out
+    shared: float = 0.0  # micro-batches in which rows share an image
     failed: float = 0.0  # ranks that could not make their part of the batch
     wait_seconds: float = 0.0  # for data
 
@@ -63,6 +64,7 @@ class Counts:
             counts.positions += rows * longest + num_images * image_tokens
             counts.pads += batch.num_pads
             counts.bad += len(batch.bad)
+            counts.shared += batch.image_index is not None
         return counts
 
     def values(self) -> list[float]:

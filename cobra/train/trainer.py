@@ -166,6 +166,10 @@ class Trainer:
                 f"Step {self.progress.step + 1}: no image of the whole batch can be read, see "
                 f"{self.run_folder / BAD_EXAMPLES_FILE}. Is the image folder still there?"
             )
+        if counts.shared:
+            # Then the model reads images and texts in two passes. All ranks do, or they would gather parameters in
+            # different orders and wait for each other for ever.
+            batches = [batch.indexed() for batch in batches]
         return batches, counts
 
     def _step(self, batches: list[Batch], counts: Counts, stop: StopRequest) -> tuple[float | None, float, int]:
