@@ -137,8 +137,12 @@ class Trainer:
         window.exclude(time.perf_counter() - started)
 
     def _set_modes(self) -> None:
-        for part in self.model.children():
-            part.train(any(parameter.requires_grad for parameter in part.parameters()))  # frozen: no drop path
+        """A frozen encoder has no drop path. The rest trains: gradients pass through a frozen language model, too.
+
+        Blocks recompute only when they train (`parallel.recompute`).
+        """
+        self.model.train()
+        self.model.vision.train(any(parameter.requires_grad for parameter in self.model.vision.parameters()))
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and (self.progress.step % every == 0 or self.progress.step == self.num_steps)
