@@ -173,4 +173,3 @@ def test_checkpoint_goes_on_at_another_number_of_ranks(
     pretrain(tiny_config(*base, *common, "run.name=alone"))
     for name in ("one-first", "two-first"):
         assert_same_curve(tmp_path / name, tmp_path / "alone")
-
