@@ -61,8 +61,10 @@ class Trainer:
 
     def resume(self) -> None:
         """Go back to the newest checkpoint, if there is one."""
-        newest = checkpoint.latest(self.checkpoints)
-        if newest is not None:
+        found = checkpoint.latest(self.checkpoints)
+        name = self.ranks.agree(None if found is None else found.name)  # another machine may still see an older one
+        if name is not None:
+            newest = self.checkpoints / name
             progress = checkpoint.load(newest, self.model, self.optimizer, self.ranks)
             if progress.data != self.progress.data:
                 problem = f"{newest} was trained on other rows than data.annotations holds now."
