@@ -24,8 +24,8 @@ CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
 _SECONDS_TO_APPEAR = 60.0  # a network file system may show a new file late
 
-# Settings that may differ when a run is resumed: they change no weight, or are compared in another way (the data's
-# rows themselves).
+# Settings that may differ when a run is resumed: they change no weight (rounding aside, as the number of ranks does),
+# or are compared in another way (the data's rows themselves).
 FREE_SETTINGS = (
     "paths.",
     "tracker.",
@@ -37,6 +37,11 @@ FREE_SETTINGS = (
     "data.mix.",
     "data.check",
     "parallel.processes",
+    "parallel.replicate",
+    "parallel.reshard",
+    "parallel.shard_frozen",
+    "parallel.defer_gradient_sync",
+    "parallel.recompute",
     "parallel.peak_tflops",
     "parallel.timeout_minutes",
     "train.log_every",

@@ -11,6 +11,15 @@ from cobra.ranks import Ranks
 from cobra.train import folder
 
 
+def test_another_number_of_machines_is_no_other_run(tiny_config, tmp_path: Path) -> None:
+    """The layout over them may change with it."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("step-000001\n")
+    folder.write_config(tmp_path, tiny_config())
+    layout = ["replicate=2", "processes=8", "reshard=true", "shard_frozen=false", "recompute=1"]
+    folder.check_run_folder(tmp_path, tiny_config(*(f"parallel.{setting}" for setting in layout)))
+
+
 def test_folder_that_other_machines_lack_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder, "_SECONDS_TO_APPEAR", 0.0)
     with folder.locked(tmp_path / "run"):
