@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from cobra.errors import ConfigError
+from cobra.models.sharded import read_sharded
 from cobra.ranks import Ranks
 from cobra.train import folder
+
+from .runs import Small, assert_equal
 
 
 def test_another_number_of_machines_is_no_other_run(tiny_config, tmp_path: Path) -> None:
@@ -26,3 +29,14 @@ def test_folder_that_other_machines_lack_is_refused(tmp_path: Path, monkeypatch:
         folder.check_shared(tmp_path / "run", Ranks())
     with pytest.raises(ConfigError, match=r"not there for rank 0 .* paths\.runs"):
         folder.check_shared(tmp_path / "elsewhere", Ranks())
+
+
+def test_step_that_is_saved_again_replaces_the_whole_checkpoint(tmp_path: Path) -> None:
+    small = Small(tmp_path, keep=1)
+    small.save(4)
+    assert small.saver.finish()
+    small.learn()
+    small.save(4)
+    assert small.saver.finish()
+    assert_equal(read_sharded(tmp_path / "step-000004"), small.parameters())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000004"]
