@@ -120,8 +120,11 @@ class Saver:
         target = temporary.with_suffix("")
         (temporary / "state.json").write_text(json.dumps(vars(progress)) + "\n")
         flush_to_disk(temporary / "state.json")
-        shutil.rmtree(target, ignore_errors=True)
+        replaced = target.with_name(f"{target.name}.old{TEMPORARY}")
+        if target.exists():  # the same step once more: it may be the last good one, and to remove it takes time
+            target.rename(replaced)
         temporary.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
         write_text(self.folder / "latest", target.name + "\n")
         # One of a later step is left over from before the run went back; it must not push this one out.
         complete = [path for path in self.folder.iterdir() if 0 < _step(path) <= progress.step]

@@ -49,8 +49,10 @@ def prepare(model: CobraVLM, config: ParallelConfig) -> None:
             block.compile()
 
 
-def make_mesh(config: ParallelConfig, world_size: int, device: torch.device) -> DeviceMesh:
+def make_mesh(config: ParallelConfig, world_size: int, device: torch.device) -> DeviceMesh | None:
     """Lay the ranks out: one dimension to shard over, or copies of the model first and shards of each second (HSDP).
+
+    One process alone has nothing to lay out: None.
 
     Raises:
         ConfigError: `parallel.replicate` does not divide the number of ranks.
@@ -60,6 +62,8 @@ def make_mesh(config: ParallelConfig, world_size: int, device: torch.device) -> 
             f"parallel.replicate={config.replicate} does not divide the {world_size} processes of this run; use a "
             "divisor, usually the number of nodes."
         )
+    if world_size == 1:
+        return None
     if config.replicate == 1:
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
     shape = (config.replicate, world_size // config.replicate)

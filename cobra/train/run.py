@@ -26,7 +26,7 @@ from cobra.runtime import pick_device
 from cobra.text.prompt import prompt_format
 from cobra.text.tokenizer import Tokenizer
 from cobra.train.checkpoint import Progress
-from cobra.train.folder import check_run_folder, locked, write_config
+from cobra.train.folder import check_run_folder, check_shared, locked, write_config
 from cobra.train.optim import build_optimizer
 from cobra.train.parallel import autocasts, make_mesh, prepare, shard, unsharded, whole_state
 from cobra.train.plots import plot_run
@@ -61,6 +61,7 @@ def pretrain(config: PretrainConfig, validator: Validator | None = None) -> Path
             if ranks.is_first:
                 check_run_folder(run_folder, config)
             ranks.barrier()
+            check_shared(run_folder, ranks)
             _train(config, run_folder, ranks, stop, validator)
     return run_folder
 
@@ -72,7 +73,7 @@ def _train(
     device = _device(config)
     tokenizer = Tokenizer(resolve_file(config.model.llm.tokenizer, "model.llm.tokenizer"))
     check_vocabulary(tokenizer, config.model.llm, f"Set model.llm.vocab_size={len(tokenizer)}.")
-    mesh = make_mesh(config.parallel, ranks.world_size, device) if ranks.world_size > 1 else None
+    mesh = make_mesh(config.parallel, ranks.world_size, device)
     with parameters_on_meta():
         model = CobraVLM(self_contained(config.model))
     model.config = config.model
@@ -96,6 +97,8 @@ def _train(
 
     if ranks.is_first:  # one copy on the host, whatever the number of ranks
         model = _initial_model(config)
+    # The others wait here, where they learn at once that rank 0 has failed, and not on a GPU, where nobody tells them.
+    ranks.barrier()
     set_trainable(model, config.train.stage)
     if config.train.lora is not None:
         attach_adapters(model, config.train.lora, torch.Generator().manual_seed(config.run.seed))

@@ -61,8 +61,10 @@ class Trainer:
 
     def resume(self) -> None:
         """Go back to the newest checkpoint, if there is one."""
-        newest = checkpoint.latest(self.checkpoints)
-        if newest is not None:
+        found = checkpoint.latest(self.checkpoints)
+        name = self.ranks.agree(None if found is None else found.name)  # another machine may still see an older one
+        if name is not None:
+            newest = self.checkpoints / name
             progress = checkpoint.load(newest, self.model, self.optimizer, self.ranks)
             if progress.data != self.progress.data:
                 problem = f"{newest} was trained on other rows than data.annotations holds now."
@@ -137,8 +139,12 @@ class Trainer:
         window.exclude(time.perf_counter() - started)
 
     def _set_modes(self) -> None:
-        for part in self.model.children():
-            part.train(any(parameter.requires_grad for parameter in part.parameters()))  # frozen: no drop path
+        """A frozen encoder has no drop path. The rest trains: gradients pass through a frozen language model, too.
+
+        Blocks recompute only when they train (`parallel.recompute`).
+        """
+        self.model.train()
+        self.model.vision.train(any(parameter.requires_grad for parameter in self.model.vision.parameters()))
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and (self.progress.step % every == 0 or self.progress.step == self.num_steps)
@@ -166,6 +172,10 @@ class Trainer:
                 f"Step {self.progress.step + 1}: no image of the whole batch can be read, see "
                 f"{self.run_folder / BAD_EXAMPLES_FILE}. Is the image folder still there?"
             )
+        if counts.shared:
+            # Then the model reads images and texts in two passes. All ranks do, or they would gather parameters in
+            # different orders and wait for each other for ever.
+            batches = [batch.indexed() for batch in batches]
         return batches, counts
 
     def _step(self, batches: list[Batch], counts: Counts, stop: StopRequest) -> tuple[float | None, float, int]:

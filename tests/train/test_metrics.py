@@ -123,7 +123,9 @@ class TestWindow:
             ("NVIDIA H100 80GB HBM3", 989),
             ("NVIDIA A10G", 70),
             ("NVIDIA A10", 125),
+            ("NVIDIA GH200 480GB", 989),
             ("NVIDIA L40S", 362),
+            ("NVIDIA L40", 181),
             ("NVIDIA L4", 121),
             ("Tesla T4", None),
         ):
