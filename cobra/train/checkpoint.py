@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from cobra.errors import CheckpointError
 from cobra.models.sharded import FAILURES, SafeReader, expect_to_be_alone, read_into, reason
@@ -67,9 +68,9 @@ class Saver:
         if self.ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         try:
-            future = dcp.async_save(
+            future = async_save(
                 _collect(model, optimizer, self.ranks.rank),
-                storage_writer=dcp.FileSystemWriter(temporary),
+                storage_writer=FileSystemWriter(temporary),
                 process_group=self.ranks.host_group,
                 no_dist=self.ranks.world_size == 1,
             )
