@@ -192,7 +192,12 @@ def _fit(
         for tracker in trackers:
             tracker.close()
         if ranks.is_first:
-            plot_run(run_folder)
+            try:
+                plot_run(run_folder)
+            except OSError as error:  # a full disk: metrics.jsonl has what they show
+                log.warning("The plots in %s cannot be written (%s).", run_folder, error.strerror or error)
+        if trainer.has_stopped:
+            ranks.barrier()  # a supervisor may stop all ranks as soon as the first one leaves
 
 
 def _export(trainer: Trainer, tokenizer: Tokenizer) -> None:

@@ -58,6 +58,7 @@ class Trainer:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.image_tokens = model.num_image_tokens
         self.skipped_in_a_row = 0
+        self.has_stopped = False  # before the last step, as all ranks have agreed
 
     def resume(self) -> None:
         """Go back to the newest checkpoint, if there is one."""
@@ -280,7 +281,7 @@ class Trainer:
                 f"Stopped after step {step} of {self.num_steps}, but its checkpoint could not be written. The same "
                 f"command goes on from {checkpoint.latest(self.checkpoints) or 'the beginning'}."
             )
-        self.ranks.barrier()  # a supervisor may stop all ranks as soon as the first one leaves
+        self.has_stopped = True
         raise Interrupted(
             f"Stopped after step {step} of {self.num_steps}; a checkpoint is saved. "
             "The same command goes on from here.",
@@ -305,7 +306,10 @@ class Trainer:
         """Append what was left out of this step to bad_examples.jsonl; rank 0 writes for all."""
         mine = [asdict(bad) for batch in batches for bad in batch.bad]
         found = [bad for part in self.ranks.gather(mine) for bad in part]
+        lines = [json.dumps({"step": self.progress.step + 1} | bad) + "\n" for bad in found]
         if self.ranks.is_first:
-            with (self.run_folder / BAD_EXAMPLES_FILE).open("a", encoding="utf-8") as file:
-                for bad in found:
-                    file.write(json.dumps({"step": self.progress.step + 1} | bad) + "\n")
+            try:
+                with (self.run_folder / BAD_EXAMPLES_FILE).open("a", encoding="utf-8") as file:
+                    file.writelines(lines)
+            except OSError as error:  # a full disk; they are told here instead
+                log.warning("%s cannot be written (%s): %s", BAD_EXAMPLES_FILE, error.strerror, "".join(lines).rstrip())

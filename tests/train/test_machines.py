@@ -1,4 +1,4 @@
-"""The run folder on several machines."""
+"""The run folder on several machines, and on full disks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from cobra.errors import ConfigError
 from cobra.models.sharded import read_sharded
 from cobra.ranks import Ranks
 from cobra.train import folder
+from cobra.train.trackers import JsonlTracker
 
 from .runs import Small, assert_equal
 
@@ -40,3 +41,14 @@ def test_step_that_is_saved_again_replaces_the_whole_checkpoint(tmp_path: Path) 
     assert small.saver.finish()
     assert_equal(read_sharded(tmp_path / "step-000004"), small.parameters())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000004"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is a thing of Linux")
+def test_metrics_that_a_full_disk_refuses_end_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = JsonlTracker(tmp_path, 0)
+    tracker._file = Path("/dev/full").open("a")
+    for step in (1, 2):
+        tracker.log({"step": step})
+    tracker.close()
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "cobra.train.trackers"]
+    assert "metrics.jsonl cannot be written (No space left on device). Training goes on." in warning
