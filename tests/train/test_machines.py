@@ -46,9 +46,10 @@ def test_step_that_is_saved_again_replaces_the_whole_checkpoint(tmp_path: Path) 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is a thing of Linux")
 def test_metrics_that_a_full_disk_refuses_end_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = JsonlTracker(tmp_path, 0)
-    tracker._file = Path("/dev/full").open("a")
-    for step in (1, 2):
-        tracker.log({"step": step})
-    tracker.close()
+    with Path("/dev/full").open("a") as full:
+        tracker._file = full
+        for step in (1, 2):
+            tracker.log({"step": step})
+        tracker.close()
     (warning,) = [record.getMessage() for record in caplog.records if record.name == "cobra.train.trackers"]
     assert "metrics.jsonl cannot be written (No space left on device). Training goes on." in warning
