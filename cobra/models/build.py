@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
+from torch import nn
 
 from cobra.config import ModelConfig
 from cobra.models.pretrained import load_llm, load_tower
@@ -59,10 +60,8 @@ def set_trainable(model: CobraVLM, stage: str) -> None:
         part.requires_grad_(name in TRAINED_PARTS[stage])
 
 
-def cast_parameters(model: CobraVLM, dtype: torch.dtype) -> CobraVLM:
-    """Cast all parameters but the scan's own to `dtype`, in place."""
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not f"{module_name}.{name}".endswith(KEPT_IN_FLOAT32):
-                parameter.data = parameter.data.to(dtype)
-    return model
+def cast_parameters(model: nn.Module, dtype: torch.dtype, *, frozen_only: bool = False) -> None:
+    """Cast parameters, all of them or those that do not learn, to `dtype` in place; the scan's own stay as they are."""
+    for name, parameter in model.named_parameters():
+        if not name.endswith(KEPT_IN_FLOAT32) and not (frozen_only and parameter.requires_grad):
+            parameter.data = parameter.data.to(dtype)

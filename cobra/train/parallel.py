@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cobra.config import ParallelConfig
 from cobra.errors import ConfigError
+from cobra.models.build import cast_parameters
 from cobra.models.vlm import CobraVLM
 from cobra.models.weights import KEPT_IN_FLOAT32, untied_state
 
@@ -41,9 +42,7 @@ def prepare(model: CobraVLM, config: ParallelConfig) -> None:
         for tower in model.vision.towers:
             tower.model.set_grad_checkpointing(True)  # type: ignore[union-attr,operator]
     if config.precision == "bf16":
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad and parameter.is_floating_point() and not name.endswith(KEPT_IN_FLOAT32):
-                parameter.data = parameter.data.to(torch.bfloat16)
+        cast_parameters(model, torch.bfloat16, frozen_only=True)
     if config.compile:
         for block in _blocks(model, vision=vision_learns):
             block.compile()
