@@ -32,9 +32,12 @@ from yaml import YAMLError
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Hydra takes `model=...` for a choice in the config group of that name; in evaluate.yaml the setting is called `load`.
-_ALIASES = {"evaluate": {"model": "load"}}
+_ALIASES = {
+    "evaluate": {"model": "load", "data_root": "benchmark.data_root"},
+    "score": {"data_root": "benchmark.data_root"},
+}
 # What makes a config with mandatory choices compose when only its keys matter.
-_SOME_CHOICE = {"evaluate": ["benchmark=easyvqa"]}
+_SOME_CHOICE = {"evaluate": ["benchmark=easyvqa"], "score": ["benchmark=gqa"]}
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

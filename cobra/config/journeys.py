@@ -104,3 +104,13 @@ class EvaluateConfig:
         positive("batch_size", self.batch_size)
         if self.limit is not None:
             positive("limit", self.limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Everything that `scripts/score.py` needs besides the benchmark."""
+
+    paths: PathsConfig
+    predictions: str  # a file of JSON lines
+    output: str | None = None  # a folder
+    allow_partial: bool = False

@@ -10,7 +10,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from cobra.eval.benchmark import Benchmark, Question
+from cobra.errors import DataError
+from cobra.eval.benchmark import Benchmark, Choices, Question
 from cobra.eval.store import AnswerStore
 
 
@@ -68,7 +69,11 @@ def answer(model: Answerer[State], benchmark: Benchmark, batch: Sequence[Questio
     number = {image: i for i, image in enumerate(images)}
     states = model.encode_image(images)
     rows = states[[number[question.image] for question in batch]]
-    answers = model.generate(rows, [question.text for question in batch], max_new_tokens=benchmark.max_new_tokens)
+    kinds = [question.answer for question in batch]
+    if any(isinstance(kind, Choices) for kind in kinds):
+        raise DataError(f"{benchmark.name} asks for probabilities of words, which the engine does not do yet.")
+    longest = max(kind.max_new_tokens for kind in kinds if not isinstance(kind, Choices))
+    answers = model.generate(rows, [question.text for question in batch], max_new_tokens=longest)
     return dict(zip((question.id for question in batch), answers, strict=True))
 
 

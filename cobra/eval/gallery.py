@@ -53,7 +53,7 @@ def plot_examples(
         axes.set_axis_on()
         axes.set(xticks=[], yticks=[])
         axes.imshow(open_image(question.image).convert("RGB"))
-        is_right = scores.per_question[question.id] >= 0.5
+        is_right = scores.main[question.id] >= 0.5
         text = textwrap.fill(question.text.replace("<image>", "").strip(), 34)
         answer = f"{predictions[question.id] or '(nothing)'}" + ("" if is_right else f"   (truth: {question.truth})")
         axes.set_title(text, fontsize=10)
@@ -66,8 +66,8 @@ def plot_examples(
 def choose_examples(questions: Sequence[Question], scores: Scores, *, num_wrong: int, num_all: int) -> list[Question]:
     """Pick wrong answers first, then right ones of as many images and types as there are; always the same ones."""
     order = [questions[i] for i in np.random.default_rng(0).permutation(len(questions)).tolist()]
-    chosen = [question for question in order if scores.per_question[question.id] < 0.5][:num_wrong]
-    right = [question for question in order if scores.per_question[question.id] >= 0.5]
+    chosen = [question for question in order if scores.main[question.id] < 0.5][:num_wrong]
+    right = [question for question in order if scores.main[question.id] >= 0.5]
     while right and len(chosen) < num_all:
         counts = {q.type: sum(c.type == q.type for c in chosen) for q in right}
         seen = {question.image for question in chosen}

@@ -46,9 +46,8 @@ def _evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
         {
             "model": _digest_of(weights),
             "model config": _digest_of(model_config),
-            "questions": _digest(repr([(q.id, q.text, q.truth) for q in every_question]).encode()),
+            "questions": _digest(repr([(q.id, q.text, q.truth, q.answer) for q in every_question]).encode()),
             "dtype": config.dtype,
-            "max_new_tokens": benchmark.max_new_tokens,
         },
     )
     num_waiting = sum(question.id not in store.answers for question in questions)

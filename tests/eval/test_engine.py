@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from PIL import Image
@@ -15,7 +16,7 @@ from cobra.config import EvaluateConfig, PathsConfig
 from cobra.data.conversations import read_rows
 from cobra.errors import CobraError, DataError
 from cobra.eval import engine
-from cobra.eval.benchmark import Benchmark, Question
+from cobra.eval.benchmark import OFFICIAL, Benchmark, FreeText, Prediction, Question
 from cobra.eval.benchmarks.easyvqa import question_type
 from cobra.eval.gallery import choose_examples
 from cobra.eval.run import evaluate
@@ -26,23 +27,28 @@ from cobra.eval.store import AnswerStore
 class Small(Benchmark):
     """The small data's questions about images, in an order in which no two neighbours share one."""
 
+    rules: ClassVar[tuple[str, ...]] = (OFFICIAL,)
     annotations: Path
     images: Path
     name: str = "small"
-    max_new_tokens: int = 6
 
     def questions(self) -> list[Question]:
         rows = [row for row in read_rows(self.annotations) if row.image]
         return [
             Question(
-                id=row.id, image=self.images / str(row.image), text=row.turns[0][0], truth=row.turns[0][1], type=kind
+                id=row.id,
+                image=self.images / str(row.image),
+                text=row.turns[0][0],
+                answer=FreeText(max_new_tokens=6),
+                truth=row.turns[0][1],
+                types={"kind": kind},
             )
             for kind, start in (("shape", 0), ("color", 1), ("closed", 2))
             for row in rows[start::3]
         ]
 
-    def score_answer(self, prediction: str, question: Question) -> float:
-        return float(prediction == question.truth)
+    def score_answer(self, prediction: Prediction, question: Question) -> tuple[float]:
+        return (float(prediction == question.truth),)
 
 
 @pytest.fixture
@@ -204,5 +210,5 @@ def test_examples_show_wrong_answers_first(benchmark: Small) -> None:
     questions = benchmark.questions()
     scores = benchmark.score({q.id: q.truth if i % 10 else "wrong" for i, q in enumerate(questions)}, questions)
     chosen = choose_examples(questions, scores, num_wrong=4, num_all=12)
-    assert [scores.per_question[q.id] for q in chosen] == [0.0] * 4 + [1.0] * 8
+    assert [scores.main[q.id] for q in chosen] == [0.0] * 4 + [1.0] * 8
     assert len({q.id for q in chosen}) == 12 and len({q.type for q in chosen[4:]}) == 3
