@@ -1,5 +1,6 @@
 """Score a predictions file without a model; the last line is one JSON object. See `python scripts/score.py --help`."""
 
+import gc
 import json
 
 from _launch import launch
@@ -12,6 +13,7 @@ def main(cfg: DictConfig) -> None:
     from cobra.config import ScoreConfig, as_config
     from cobra.eval.scoring import score
 
+    gc.disable()  # a short life without cycles: a fifth of the time of VQA-v2
     OmegaConf.set_struct(cfg, False)
     benchmark = cfg.pop("benchmark")
     print(json.dumps(score(as_config(ScoreConfig, cfg), instantiate(benchmark))))

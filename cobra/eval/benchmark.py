@@ -13,6 +13,7 @@ from cobra.errors import DataError
 from cobra.eval.rules.intervals import interval
 
 OFFICIAL, PAPER = "official", "paper"
+MEAN = "all"  # the name of the part that is the mean of the others
 
 # Text, or the probability of each choice.
 Prediction: TypeAlias = str | Mapping[str, float]
@@ -124,6 +125,7 @@ class Scores:
             return {
                 name: Tally(part.accuracy * part.num_questions / 100, part.num_questions)
                 for name, part in parts.items()
+                if name != MEAN
             }
         (part,) = parts.values()
         return dict(next(iter(part.by_type.values()))) if part.by_type else {}
@@ -141,7 +143,8 @@ class Benchmark(ABC):
 
     name: str
     rules: ClassVar[tuple[str, ...]] = (OFFICIAL, PAPER)
-    mean_of_parts: ClassVar[str] = ""  # the name of one more part, the mean of the others
+    mean_of_parts: ClassVar[bool] = False  # one more part, named MEAN
+    image_url: ClassVar[str] = ""  # where to get the images
 
     @abstractmethod
     def questions(self) -> list[Question]:
@@ -179,7 +182,7 @@ class Benchmark(ABC):
         for question in questions:
             parts[question.part].append(question)
         if self.mean_of_parts:
-            parts[self.mean_of_parts] = list(questions)
+            parts[MEAN] = list(questions)
         main = per_question[self.rules[0]]
         return Scores(
             parts={
@@ -219,7 +222,11 @@ def _by_type(rows: Iterable[tuple[str, float]]) -> dict[str, Tally]:
     values: dict[str, list[float]] = defaultdict(list)
     for kind, score in rows:
         values[kind].append(score)
-    return {kind: _tally(scores) for kind, scores in sorted(values.items())}
+    return {kind: _tally(values[kind]) for kind in sorted(values, key=_numbers_in_order)}
+
+
+def _numbers_in_order(kind: str) -> tuple[int, str]:
+    return (int(kind) if kind.isdecimal() else 0, kind)
 
 
 def _tally(scores: Iterable[float]) -> Tally:

@@ -21,27 +21,25 @@ class Source:
     url: str
 
 
-def locate(root: str, folder: str, sources: Sequence[Source]) -> list[Path]:
-    """Return where each source lies: below `root/folder`, else below `root` itself.
+def locate(root: str, folder: str, sources: Sequence[Source], images: Source) -> tuple[list[Path], Path]:
+    """Return where each source lies, and where the images do or should: scoring needs none of them.
+
+    Looked for is below `root/folder`, else below `root` itself.
 
     Raises:
-        DataError: some are nowhere; the message lists all of them.
+        DataError: some of the sources are nowhere; the message lists all that is missing, the images included.
     """
-    bases = [Path(root).expanduser() / folder, Path(root).expanduser()]
-    found = [next((base / name for base in bases for name in s.names if (base / name).exists()), None) for s in sources]
-    missing = [source for source, path in zip(sources, found, strict=True) if path is None]
-    if missing:
-        lines = [f"  {' or '.join(source.names)}   from {source.url}" for source in missing]
-        raise DataError("\n".join([f"{bases[0]} lacks {len(missing)} of what it needs (see data_root=...):", *lines]))
-    return [path for path in found if path is not None]
+    base = Path(root).expanduser() / folder
+    found = {source: _find((base, base.parent), source) for source in (*sources, images)}
+    if not all(found[source] for source in sources):
+        missing = [source for source, path in found.items() if path is None]
+        lines = [f"  {' or '.join(source.names)}\n    from {source.url}" for source in missing]
+        raise DataError("\n".join([f"{base} lacks {len(missing)} of what is needed (data_root={root}):", *lines]))
+    return [path for source in sources if (path := found[source])], found[images] or base / images.names[0]
 
 
-def image_folder(root: str, folder: str, source: Source) -> Path:
-    """Return where the images lie, or should lie: scoring needs none of them."""
-    try:
-        return locate(root, folder, [source])[0]
-    except DataError:
-        return Path(root).expanduser() / folder / source.names[0]
+def _find(bases: Sequence[Path], source: Source) -> Path | None:
+    return next((base / name for base in bases for name in source.names if (base / name).exists()), None)
 
 
 def read_json(path: Path) -> Any:
@@ -106,7 +104,7 @@ def expecting(path: Path, what: str) -> Generator[None, None, None]:
     """Turn the errors of reading rows of another format into one that names the file."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
         reason = f"a row has no {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{path} is not {what}: {reason}. Is it another file, or another version?") from None
 

@@ -38,7 +38,8 @@ def _evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
     questions = engine.select(every_question, config.limit)
     missing = [q.image for q in questions if not q.image.is_file()]
     if missing:
-        raise DataError(f"{len(missing)} images of {benchmark.name} are missing, for example {missing[0]}.")
+        source = f" Get them from {benchmark.image_url}." if benchmark.image_url else ""
+        raise DataError(f"{len(missing)} images of {benchmark.name} are missing, for example {missing[0]}.{source}")
     name = _display_name(config)
     folder = Path(config.output or Path(config.paths.results) / benchmark.name / name)
     store = AnswerStore(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cobra.config import ScoreConfig
+from cobra.errors import DataError
 from cobra.eval.benchmark import Benchmark, Question, Scores
 from cobra.eval.predictions import read_predictions
 from cobra.runtime import write_text
@@ -24,8 +25,11 @@ def score(config: ScoreConfig, benchmark: Benchmark) -> dict[str, Any]:
     Raises:
         DataError: annotations are missing, or predictions are broken or do not fit.
     """
+    path = Path(config.predictions).expanduser()
+    if not path.is_file():  # said before large annotations are read
+        raise DataError(f"predictions={path} is no file.")
     questions = benchmark.questions()
-    predictions = read_predictions(Path(config.predictions), benchmark, questions, allow_partial=config.allow_partial)
+    predictions = read_predictions(path, benchmark, questions, allow_partial=config.allow_partial)
     for problem in predictions.problems():
         log.warning("Left out: %s", problem)
     answered = [question for question in questions if question.id in predictions.answers]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from cobra.eval.benchmark import PAPER, Benchmark, FreeText, Prediction, Question, text
-from cobra.eval.files import Source, expecting, image_folder, locate, read_json
+from cobra.eval.files import Source, expecting, locate, read_json
 from cobra.eval.rules import gqa
 
 FOLDER = "gqa"
@@ -23,6 +23,7 @@ class GQA(Benchmark):
     true answers alone, so that "t-shirt" can never be right.
     """
 
+    image_url: ClassVar[str] = IMAGES.url
     data_root: str
     prompt: str
     tier: str = "testdev_balanced"  # {tier}_questions.json; with testdev_all, consistency can be computed
@@ -32,9 +33,9 @@ class GQA(Benchmark):
     def questions(self) -> list[Question]:
         """Read the questions; the file of valid and plausible answers too, where it is."""
         name = f"{self.tier}_questions.json"
-        (path,) = locate(self.data_root, FOLDER, [Source((name, f"questions1.2/{name}"), QUESTIONS_URL)])
+        source = Source((name, f"questions1.2/{name}"), QUESTIONS_URL)
+        (path,), images = locate(self.data_root, FOLDER, [source], IMAGES)
         choices_path = path.with_name(f"{self.tier.split('_')[0]}_choices.json")
-        images = image_folder(self.data_root, FOLDER, IMAGES)
         answer = FreeText(max_new_tokens=self.max_new_tokens)
         choices: dict[str, Any] = read_json(choices_path) if choices_path.is_file() else {}
         with expecting(path, "a file of GQA's questions"):
@@ -55,8 +56,8 @@ class GQA(Benchmark):
                         "answer": "open" if row["types"]["structural"] == "query" else "binary",
                         "structural": row["types"]["structural"],
                         "semantic": row["types"]["semantic"],
-                        "steps": f"{gqa.num_steps(row['semantic']):2}",
-                        "words": f"{len(row['question'].split()):2}",
+                        "steps": str(gqa.num_steps(row["semantic"])),
+                        "words": str(len(row["question"].split())),
                     },
                     is_counted=row["isBalanced"],
                 )

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, cast
 
 from cobra.config import one_of
 from cobra.eval.benchmark import Benchmark, Choices, Prediction, Question, probabilities
-from cobra.eval.files import Source, check_unique, expecting, image_folder, locate, read_json_lines
+from cobra.eval.files import Source, check_unique, expecting, locate, read_json_lines
 from cobra.eval.rules.binary import areas, confusion, says, share
 
 FOLDER = "pope"
@@ -30,7 +30,8 @@ class Pope(Benchmark):
     harness pinned, and has 3,000 today, so no number is expected.
     """
 
-    mean_of_parts: ClassVar[str] = "all"
+    mean_of_parts: ClassVar[bool] = True
+    image_url: ClassVar[str] = IMAGES.url
     data_root: str
     prompt: str
     splits: list[str] = field(default_factory=lambda: list(SPLITS))
@@ -46,9 +47,9 @@ class Pope(Benchmark):
             Source((f"coco_pope_{split}.json", f"output/coco/coco_pope_{split}.json"), ANNOTATIONS_URL)
             for split in self.splits
         ]
-        images = image_folder(self.data_root, FOLDER, IMAGES)
+        paths, images = locate(self.data_root, FOLDER, sources, IMAGES)
         questions: list[Question] = []
-        for split, path in zip(self.splits, locate(self.data_root, FOLDER, sources), strict=True):
+        for split, path in zip(self.splits, paths, strict=True):
             with expecting(path, "a file of POPE's questions"):
                 questions += [
                     Question(

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 from PIL import Image
 
 from cobra.config import one_of
 from cobra.errors import DataError
 from cobra.eval.benchmark import PAPER, Benchmark, Box, Prediction, Question, text
-from cobra.eval.files import Source, check_unique, expecting, image_folder, locate, read_json, read_pickle
+from cobra.eval.files import Source, check_unique, expecting, locate, read_json, read_pickle
 from cobra.eval.rules.boxes import THRESHOLD, BoxXYXY, iou, normalise, parse_box, rounded
 
 FOLDER = "refcoco"
@@ -37,6 +37,7 @@ class Truth(NamedTuple):
 class RefCOCO(Benchmark):
     """Right when intersection over union with the true box is 0.5 or more; an unreadable box is wrong, and counted."""
 
+    image_url: ClassVar[str] = IMAGES.url
     data_root: str
     prompt: str
     sets: list[str] = field(default_factory=lambda: list(SETS))
@@ -57,8 +58,7 @@ class RefCOCO(Benchmark):
             for name in self.sets
             for file in (SETS[name][1], "instances.json")
         ]
-        paths = locate(self.data_root, FOLDER, sources)
-        images = image_folder(self.data_root, FOLDER, IMAGES)
+        paths, images = locate(self.data_root, FOLDER, sources, IMAGES)
         questions: list[Question] = []
         for name, refs, instances in zip(self.sets, paths[::2], paths[1::2], strict=True):
             questions += self._read(name, refs, instances, images)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from cobra.config import one_of
 from cobra.errors import DataError
 from cobra.eval.benchmark import Benchmark, FreeText, Prediction, Question, text
-from cobra.eval.files import Source, check_unique, expecting, image_folder, locate, read_json, read_json_lines
+from cobra.eval.files import Source, check_unique, expecting, locate, read_json, read_json_lines
 from cobra.eval.rules import vqa
 
 FOLDER = "text-vqa"
@@ -30,6 +30,7 @@ NUM_ANSWERS = 10
 class TextVQA(Benchmark):
     """Accuracy against ten human answers, for each prompt order. Official: M4C's evaluator, facebookresearch/mmf."""
 
+    image_url: ClassVar[str] = IMAGES.url
     data_root: str
     prompts: Mapping[str, str]  # order -> wording
     orders: list[str] = field(default_factory=lambda: list(ORDERS))
@@ -42,8 +43,7 @@ class TextVQA(Benchmark):
 
     def questions(self) -> list[Question]:
         """Read the annotations and, in the same order, the text that an OCR system found."""
-        path, ocr_path = locate(self.data_root, FOLDER, [ANNOTATIONS, OCR])
-        images = image_folder(self.data_root, FOLDER, IMAGES)
+        (path, ocr_path), images = locate(self.data_root, FOLDER, [ANNOTATIONS, OCR], IMAGES)
         answer = FreeText(max_new_tokens=self.max_new_tokens)
         with expecting(path, "TextVQA's validation file"):
             rows: list[Any] = read_json(path)["data"]

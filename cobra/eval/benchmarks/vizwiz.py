@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from cobra.eval.benchmark import Benchmark, FreeText, Prediction, Question, text
-from cobra.eval.files import Source, check_unique, expecting, image_folder, locate, read_json
+from cobra.eval.files import Source, check_unique, expecting, locate, read_json
 from cobra.eval.rules import vqa
 from cobra.eval.rules.binary import average_precision, confusion
 
@@ -21,6 +22,7 @@ IMAGES = Source(("val_images", "val"), "https://vizwiz.cs.colorado.edu/VizWiz_fi
 class VizWiz(Benchmark):
     """Accuracy against ten human answers, and how well "unanswerable" is said. Official: VizWiz's VQA script."""
 
+    image_url: ClassVar[str] = IMAGES.url
     data_root: str
     prompt: str
     name: str = "vizwiz"
@@ -28,8 +30,7 @@ class VizWiz(Benchmark):
 
     def questions(self) -> list[Question]:
         """Read val.json; a question's id is the name of its image file."""
-        (path,) = locate(self.data_root, FOLDER, [ANNOTATIONS])
-        images = image_folder(self.data_root, FOLDER, IMAGES)
+        (path,), images = locate(self.data_root, FOLDER, [ANNOTATIONS], IMAGES)
         with expecting(path, "VizWiz's val.json"):
             questions = [
                 Question(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from sys import intern
-from typing import Any
+from typing import Any, ClassVar
 
 from cobra.errors import DataError
 from cobra.eval.benchmark import Benchmark, FreeText, Prediction, Question, text
-from cobra.eval.files import Source, check_unique, expecting, image_folder, locate, read_json
+from cobra.eval.files import Source, check_unique, expecting, locate, read_json
 from cobra.eval.rules.vqa import vqav2_official, vqav2_paper
 
 FOLDER = "vqa-v2"
@@ -28,6 +28,7 @@ IMAGES = Source(("images_val2014", "val2014", "../coco/val2014"), "http://images
 class VQAv2(Benchmark):
     """Accuracy against ten human answers. Official: vqaEval.py of GT-Vision-Lab/VQA."""
 
+    image_url: ClassVar[str] = IMAGES.url
     data_root: str
     prompt: str
     name: str = "vqav2"
@@ -35,8 +36,7 @@ class VQAv2(Benchmark):
 
     def questions(self) -> list[Question]:
         """Read both files; the order is that of the annotations."""
-        questions, annotations = locate(self.data_root, FOLDER, [QUESTIONS, ANNOTATIONS])
-        images = image_folder(self.data_root, FOLDER, IMAGES)
+        (questions, annotations), images = locate(self.data_root, FOLDER, [QUESTIONS, ANNOTATIONS], IMAGES)
         with expecting(questions, "VQA-v2's questions file"):
             texts = {row["question_id"]: row["question"] for row in read_json(questions)["questions"]}
         with expecting(annotations, "VQA-v2's annotations file"):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from cobra.eval.benchmark import Benchmark, Choices, Prediction, Question, probabilities
-from cobra.eval.files import Source, expecting, image_folder, locate, read_json_lines
+from cobra.eval.files import Source, expecting, locate, read_json_lines
 from cobra.eval.rules.binary import areas, says, share
 
 FOLDER = "vsr"
@@ -20,6 +20,7 @@ WORDS = ("True", "False")
 class VSR(Benchmark):
     """Accuracy of the likelier of "True" and "False"; a tie counts as True."""
 
+    image_url: ClassVar[str] = IMAGES.url
     data_root: str
     prompt: str
     split: str = "test"  # {split}.jsonl
@@ -27,8 +28,8 @@ class VSR(Benchmark):
 
     def questions(self) -> list[Question]:
         """Read the statements; a statement's id is its row number, from 0."""
-        (path,) = locate(self.data_root, FOLDER, [Source((f"{self.split}.jsonl",), ANNOTATIONS_URL)])
-        images = image_folder(self.data_root, FOLDER, IMAGES)
+        source = Source((f"{self.split}.jsonl",), ANNOTATIONS_URL)
+        (path,), images = locate(self.data_root, FOLDER, [source], IMAGES)
         with expecting(path, "a file of VSR's statements"):
             return [
                 Question(
