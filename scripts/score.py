@@ -16,7 +16,7 @@ def main(cfg: DictConfig) -> None:
     gc.disable()  # a short life without cycles: a fifth of the time of VQA-v2
     OmegaConf.set_struct(cfg, False)
     benchmark = cfg.pop("benchmark")
-    print(json.dumps(score(as_config(ScoreConfig, cfg), instantiate(benchmark))))
+    print(json.dumps(score(as_config(ScoreConfig, cfg), instantiate(benchmark, _convert_="all"))))
 
 
 if __name__ == "__main__":

@@ -83,9 +83,10 @@ class TextVQA(Benchmark):
 
 
 def _truth(row: dict[str, Any]) -> tuple[str, ...]:
-    if len(row["answers"]) != NUM_ANSWERS:
-        raise ValueError(f"question {row['question_id']} has {len(row['answers'])} answers instead of {NUM_ANSWERS}")
-    return tuple(row["answers"])
+    answers: list[Any] = row["answers"]
+    if len(answers) != NUM_ANSWERS or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"question {row['question_id']} has not {NUM_ANSWERS} texts for answers")
+    return tuple(answers)
 
 
 def _split(text: str) -> tuple[str, str]:
