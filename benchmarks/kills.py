@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import random
 import signal
@@ -24,14 +25,14 @@ ROOT = Path(__file__).resolve().parents[1]
 CHILDREN = "/proc/{pid}/task/{pid}/children"
 
 
-def command(folder: Path, name: str, args: argparse.Namespace) -> list[str]:
+def command(folder: Path, name: str, steps: int, processes: int) -> list[str]:
     settings = {
-        "parallel.processes": args.processes,
+        "parallel.processes": processes,
         "parallel.device": "cpu",
         "paths.runs": folder / "runs",
         "paths.data": folder / "data",
         "run.name": name,
-        "train.max_steps": args.steps,
+        "train.max_steps": steps,
         "train.save_every": 3,
         "train.log_every": 1,
         "train.global_batch_size": 8,
@@ -87,18 +88,31 @@ def main() -> int:
         folder = Path(temporary)
         log = (folder / "log.txt").open("wb")
 
-        def start(name: str) -> subprocess.Popen[bytes]:
-            return subprocess.Popen(command(folder, name, args), stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+        def start(name: str, steps: int) -> subprocess.Popen[bytes]:
+            return subprocess.Popen(
+                command(folder, name, steps, args.processes), stdout=log, stderr=subprocess.STDOUT, cwd=folder
+            )
 
         started = time.monotonic()
-        if start("undisturbed").wait() != 0:
+        if start("data", 1).wait() != 0:  # makes the data set and its index, which come once
             raise SystemExit((folder / "log.txt").read_text())
-        longest = time.monotonic() - started  # so a start makes some way on average, and is hit early at times
+        begun = time.monotonic()
+        process = start("undisturbed", args.steps)
+        while process.poll() is None and not (folder / "runs" / "undisturbed" / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        startup = time.monotonic() - begun
+        if process.wait() != 0:
+            raise SystemExit((folder / "log.txt").read_text())
+        training = time.monotonic() - begun - startup
+        # A kill at a random moment of the first `startup + reach` seconds lets reach^2 / (2 (startup + reach)) seconds
+        # of training happen on average: all kills together shall leave the last fifth of the run to the last start.
+        share = 0.8 * training / args.kills
+        reach = share + math.sqrt(share**2 + 2 * share * startup)
         victims: Counter[str] = Counter()
         steps: list[int] = []
         while victims.total() < args.kills:
-            process = start("killed")
-            victim = kill_at_random(process, rng, longest)
+            process = start("killed", args.steps)
+            victim = kill_at_random(process, rng, startup + reach)
             if victim is None:
                 if process.returncode != 0:
                     raise SystemExit((folder / "log.txt").read_text()[-5000:])
@@ -108,7 +122,7 @@ def main() -> int:
             latest = folder / "runs" / "killed" / "checkpoints" / "latest"
             steps.append(int(latest.read_text().split("-")[1]) if latest.exists() else 0)
             print(f"kill {victims.total():2d}: {victim:10s}  newest checkpoint: step {steps[-1]}", flush=True)
-        if start("killed").wait() != 0:
+        if start("killed", args.steps).wait() != 0:
             raise SystemExit((folder / "log.txt").read_text()[-5000:])
         runs = [folder / "runs" / name / "model" / "model.safetensors" for name in ("killed", "undisturbed")]
         is_equal = runs[0].read_bytes() == runs[1].read_bytes()

@@ -178,7 +178,7 @@ def speed(overrides: list[str], layers: int | None, batch: int, text: int, repea
     median = {part: statistics.median(values[1:]) for part, values in seconds.items()}
     total = median["forward"] + median["backward"] + median["optimizer"]
     tokens = batch * (model.num_image_tokens + text)
-    work = Flops(config.model, config.train.stage).of(Counts(images=batch, text_tokens=batch * text))
+    work = Flops(config.model, config.train).of(Counts(images=batch, text_tokens=batch * text))
     peak = peak_flops(config.parallel, device)
     shape = f"{batch} x ({model.num_image_tokens} + {text}) tokens"
     print(f"{config.model.name}, {config.model.llm.num_layers} blocks, {shape}")

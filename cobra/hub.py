@@ -22,12 +22,9 @@ WEIGHTS_VARIABLE = "COBRA_WEIGHTS"  # names a folder that is searched before the
 
 _PACKAGE = "cobra:"
 _FILE_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".json", ".yaml", ".yml")
-_MODEL_FILES = (  # of a model folder, and of a run in the public layout
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "checkpoints/latest-checkpoint.pt",
-)
+_PUBLIC_CHECKPOINT = "checkpoints/latest-checkpoint.pt"
+# of a model folder, and of a run in the public layout
+_MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", _PUBLIC_CHECKPOINT)
 _MAX_DOWNLOAD = 64 * 2**20  # bytes of one image
 _HUB_TIMEOUT = 10  # seconds until a Hub that does not answer counts as out of reach
 
@@ -60,7 +57,7 @@ def open_image(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
     try:
         decoded = Image.open(io.BytesIO(content))
         decoded.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders of damaged files raise anything
         reason = "unknown format or damaged" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"The image {image} does not decode: {reason}. Replace the file or leave it out.") from None
     return decoded
@@ -168,12 +165,21 @@ def resolve_model_folder(name: str | Path) -> Path:
             raise CheckpointError(
                 f"{file} is a link to {file.readlink()}, which is missing; fetch it, or mend the link."
             )
+    missing = [file for file in ("config.json", _PUBLIC_CHECKPOINT) if not (folder / file).is_file()]
+    if missing and any((folder / "checkpoints").glob("*.pt")):  # ours are folders
+        raise CheckpointError(
+            f"{folder} looks like a run of the public release, but lacks {' and '.join(missing)}; fetch it, or give "
+            "the checkpoint that you mean this name."
+        )
     if (folder / "checkpoints").is_dir():
         raise CheckpointError(
             f"The run in {folder} has not finished: it has checkpoints but no model/ yet. Start the same command again "
             "to go on from its last checkpoint."
         )
-    raise CheckpointError(f"{folder} is neither a run folder nor a model folder (config.json + model.safetensors).")
+    raise CheckpointError(
+        f"{folder} is neither a run folder nor a model folder (config.json + model.safetensors), nor a run of the "
+        f"public release (config.json + {_PUBLIC_CHECKPOINT})."
+    )
 
 
 def upload_folder(folder: Path, repository: str, *, private: bool, message: str) -> str:

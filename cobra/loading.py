@@ -119,8 +119,8 @@ def read_model(
     folder = find_model(name)
     if is_mamba(folder):
         raise CheckpointError(
-            f"{folder} holds a language model alone; give it as model.llm.weights of a training run. cobra.load reads "
-            "whole vision-language models."
+            f"{folder} holds no Cobra model but a language model alone. cobra.load reads whole vision-language models; "
+            "a Mamba may be given as model.llm.weights of a training run."
         )
     if is_public_run(folder):
         return _read_public(folder, vision, llm, device, dtype)
@@ -177,6 +177,11 @@ def _read_public(
         if useless:
             raise ConfigError(_no_effect(useless, folder / CHECKPOINT))
         random = [f"vision.towers[{i}]" for i, tower in enumerate(config.vision.towers) if tower.weights == "random"]
+        if config.llm.weights == "random" and "llm_backbone" not in held:
+            raise ConfigError(
+                f"{folder / CHECKPOINT} holds no language model, as after the stage align. Say where its weights are, "
+                "as llm.weights: a file, a folder or a Hub id."
+            )
         if random and "vision_backbone" not in held:
             raise ConfigError(
                 f"{random[0]}.weights='random' would make a blind model, as {folder / CHECKPOINT} holds no vision "

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_SLOWEST_WRITE = timedelta(hours=2)  # of a checkpoint, between the first rank that is done and the last
 _SECONDS_BEFORE_LEAVING = 2.0  # whoever supervises the ranks sees the one that died first, and blames that one
 
 
@@ -124,7 +125,8 @@ def joined(device: torch.device | str, timeout_minutes: float) -> Iterator[Ranks
             world_size=ranks.world_size,
             timeout=timeout,
         )
-        host_group = distributed.new_group(backend="gloo", timeout=timeout)
+        # Only threads that write checkpoints wait here. A wait that fails breaks the group, and no later one is saved.
+        host_group = distributed.new_group(backend="gloo", timeout=max(timeout, _SLOWEST_WRITE))
         yield replace(ranks, host_group=host_group)  # type: ignore[arg-type]  # every rank is a member of it
     except RuntimeError as error:
         if not _is_about_a_peer(error):

@@ -188,9 +188,13 @@ def _load_rerun(file: str, overrides: list[str]) -> DictConfig:
 def _name_sweep_job(cfg: DictConfig, swept: list[str]) -> None:
     """Give each job of a --multirun its own run folder, named after what is swept, never after a clock.
 
-    `=` and `,` mean something on Hydra's command line, so the folder `tiny-run.seed-1` stands for run.seed=1.
+    `=` and `,` mean something on Hydra's command line, so the folder `tiny-run.seed-1` stands for run.seed=1. Swept
+    experiments bring names of their own, by which one stage finds the one before.
     """
-    values = [text for text in HydraConfig.get().overrides.task if text.split("=", 1)[0] in swept]
+    overrides = HydraConfig.get().overrides.task
+    if not any(text.lstrip("+").startswith("run.name=") for text in overrides):
+        swept = [key for key in swept if key != "+experiment"]
+    values = [text for text in overrides if text.split("=", 1)[0] in swept]
     if "run" in cfg and values and "run.name" not in swept:
         names = [re.sub(r"[^\w.-]", "-", value.lstrip("+")) for value in values]
         cfg.run.name = f"{cfg.run.name}-{'_'.join(names)}"

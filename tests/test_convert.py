@@ -17,7 +17,7 @@ from torch import Tensor
 
 import cobra
 from cobra.config import LLMConfig
-from cobra.convert import convert
+from cobra.convert import LAYOUTS, convert
 from cobra.errors import CheckpointError, ConfigError
 from cobra.models.mamba import MambaLM
 from cobra.models.pretrained import load_llm, mamba_sizes
@@ -143,6 +143,22 @@ def test_existing_targets_stay(folder: Path, theirs: Any, tmp_path: Path) -> Non
         convert(str(folder), tmp_path / "new", "publik")
     convert(str(folder), tmp_path / "llm", "public", overwrite=True)
     assert (tmp_path / "llm" / "checkpoints").is_dir() and not (tmp_path / "llm" / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_full_disk_is_told_and_changes_nothing(folder: Path, tmp_path: Path, layout: str) -> None:
+    resource = pytest.importorskip("resource")
+    convert(str(folder), tmp_path / "target", "mamba")
+    before = (tmp_path / "target" / "pytorch_model.bin").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"target cannot be written \(.*\); nothing was changed there"):
+            convert(str(folder), tmp_path / "target", layout, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "target" / "pytorch_model.bin").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "target"]
 
 
 def test_script(folder: Path, script: Callable[..., Any], tmp_path: Path) -> None:

@@ -20,12 +20,14 @@ from safetensors.torch import load_file, save_file
 
 import cobra
 from cobra import hub
+from cobra.config import LLMConfig, as_config, read_yaml
 from cobra.convert import convert
 from cobra.errors import CheckpointError, ConfigError
 from cobra.models.export import write_hugging_face_mamba, write_original_mamba, write_public_run
 from cobra.models.public import LLMS, VISION, public_config
 from cobra.models.vlm import CobraVLM
 from cobra.models.weights import save_model_folder
+from cobra.releases import RELEASES
 from cobra.text.tokenizer import Tokenizer
 
 
@@ -201,7 +203,7 @@ def test_what_is_in_the_way_of_a_model_is_named(stand_in: Hub, tmp_path: Path, m
         ("cobra-3b", "model=cobra-3b: .*shelf/cobra-3b is a file, and a model is a folder"),
         (shelf / "cobra-3b", "shelf/cobra-3b is a file, and a model is a folder"),
         ("run", r"latest-checkpoint.pt is a link to step-7.pt, which is missing"),
-        ("mamba", "holds a language model alone"),
+        ("mamba", "holds no Cobra model but a language model alone"),
     ):
         with pytest.raises(CheckpointError, match=message):
             cobra.load(name)
@@ -282,6 +284,18 @@ def test_every_public_id_describes_a_model(tmp_path: Path) -> None:
         for llm_id in LLMS:
             config = write_public_config(tmp_path, vision_backbone_id=vision_id, llm_backbone_id=llm_id)
             assert config.vision.resize == "letterbox" and config.projector.kind == "fused-gelu-mlp"
+
+
+def test_every_public_language_model_has_a_config_of_its_sizes() -> None:
+    folder = Path(__file__).resolve().parents[1] / "configs" / "model" / "llm"
+    for name, settings in LLMS.items():
+        assert as_config(LLMConfig, read_yaml(folder / f"{name}.yaml", name)) == as_config(LLMConfig, settings)
+
+
+def test_every_released_model_has_an_experiment() -> None:
+    """Those without public weights are to be trained with it."""
+    folder = Path(__file__).resolve().parents[1] / "configs" / "experiment"
+    assert {*RELEASES} == {file.stem for file in folder.glob("cobra-*.yaml")} - {"cobra-3b-align"}
 
 
 def write_public_config(folder: Path, **changes: object):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import cobra
 from cobra.config import EvaluateConfig, PathsConfig, PretrainConfig
+from cobra.errors import CheckpointError, ConfigError
 from cobra.eval.benchmarks.easyvqa import EasyVQA
 from cobra.eval.run import evaluate
+from cobra.models.export import write_public_run
 from cobra.models.image import ImageTransform
 from cobra.models.public import LLMS, VISION, public_config
+from cobra.models.vlm import CobraVLM
+from cobra.text.tokenizer import Tokenizer
 from cobra.train.run import pretrain
 
 TOLERANCE = 1e-4
@@ -176,6 +182,41 @@ def test_public_training_losses_and_gradients(public: PublicRun, batch: str) -> 
     for name, norm in expected["grad_norms"].items():
         gradient = named[name].grad
         assert float(0 if gradient is None else gradient.norm()) == pytest.approx(norm, rel=TOLERANCE, abs=TOLERANCE)
+
+
+def test_run_without_its_language_model_must_be_told_where_it_is(
+    small_model: CobraVLM, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """As the stage align leaves it: only the projector is stored."""
+    write_public_run(small_model, tokenizer.file, tmp_path)
+    file = tmp_path / "checkpoints" / "latest-checkpoint.pt"
+    parts = torch.load(file, weights_only=True)["model"]
+    torch.save({"model": {"projector": parts["projector"]}}, file)
+    vision, llm = (yaml.safe_load((tmp_path / f"{part}.yaml").read_text()) for part in ("vision", "llm"))
+    for tower in vision["towers"]:
+        tower["weights"] = str(tmp_path / tower["weights"])
+    llm["tokenizer"] = str(tokenizer.file)
+    with pytest.raises(ConfigError, match=r"latest-checkpoint\.pt holds no language model.*llm\.weights: a file"):
+        cobra.load(tmp_path, device="cpu", vision=vision, llm=llm)
+    torch.save(parts["llm_backbone"], tmp_path / "llm.pt")
+    llm["weights"] = str(tmp_path / "llm.pt")
+    found = cobra.load(tmp_path, device="cpu", vision=vision, llm=llm).model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in small_model.state_dict().items())
+
+
+def test_public_runs_that_lack_a_file_are_told_so(public: PublicRun, tmp_path: Path) -> None:
+    run = shutil.copytree(public.folder, tmp_path / "run")
+    checkpoint = run / "checkpoints" / "latest-checkpoint.pt"
+    (run / "config.json").rename(run / "other.json")
+    with pytest.raises(CheckpointError, match=r"run of the public release, but lacks config\.json; fetch it"):
+        cobra.load(run)
+    (run / "other.json").rename(run / "config.json")
+    checkpoint.rename(checkpoint.with_name("step-7.pt"))
+    with pytest.raises(CheckpointError, match=r"lacks checkpoints/latest-checkpoint\.pt; .*or give the checkpoint"):
+        cobra.load(run)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"nor a run of the public release \(config.json \+ checkpoints/latest"):
+        cobra.load(run)
 
 
 @pytest.fixture

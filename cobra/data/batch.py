@@ -63,6 +63,12 @@ class Batch:
     bad: tuple[BadExample, ...] = ()
     num_pads: int = 0
 
+    def indexed(self) -> Batch:
+        """Name the image of each row also where row r has image r; a batch of text stays as it is."""
+        if self.pixels is None or self.image_index is not None:
+            return self
+        return replace(self, image_index=torch.arange(len(self.input_ids)))
+
     def to(self, device: torch.device) -> Batch:
         """Copy to a device."""
         return replace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
+from torch import nn
 
 from cobra.config import ModelConfig
 from cobra.models.pretrained import load_llm, load_tower
@@ -21,6 +22,8 @@ TRAINED_PARTS = {
 
 def build_model(config: ModelConfig, seed: int) -> CobraVLM:
     """Build the model with fresh projector and language model, and pretrained parts as the config names them.
+
+    All parameters are float32, whatever their files store: 16 bits would lose an optimizer's small steps.
 
     Args:
         config: sizes, and `weights` of each part.
@@ -44,9 +47,10 @@ def build_model(config: ModelConfig, seed: int) -> CobraVLM:
         model.llm.init_weights(generator)
     for i, tower in enumerate(towers):
         if tower.weights != "random":
-            load_tower(model.vision.towers[i], tower, f"model.vision.towers[{i}].weights")  # type: ignore[arg-type]
+            setting = f"model.vision.towers[{i}].weights"
+            load_tower(model.vision.towers[i], tower, setting, dtype=torch.float32)  # type: ignore[arg-type]
     if config.llm.weights != "random":
-        load_llm(model.llm, config.llm.weights, "model.llm.weights")
+        load_llm(model.llm, config.llm.weights, "model.llm.weights", dtype=torch.float32)
     return model
 
 
@@ -56,10 +60,8 @@ def set_trainable(model: CobraVLM, stage: str) -> None:
         part.requires_grad_(name in TRAINED_PARTS[stage])
 
 
-def cast_parameters(model: CobraVLM, dtype: torch.dtype) -> CobraVLM:
-    """Cast all parameters but the scan's own to `dtype`, in place."""
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not f"{module_name}.{name}".endswith(KEPT_IN_FLOAT32):
-                parameter.data = parameter.data.to(dtype)
-    return model
+def cast_parameters(model: nn.Module, dtype: torch.dtype, *, frozen_only: bool = False) -> None:
+    """Cast parameters, all of them or those that do not learn, to `dtype` in place; the scan's own stay as they are."""
+    for name, parameter in model.named_parameters():
+        if not name.endswith(KEPT_IN_FLOAT32) and not (frozen_only and parameter.requires_grad):
+            parameter.data = parameter.data.to(dtype)

@@ -136,7 +136,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.load()
         orientation = _orientation(image)
         image = _without_transparency(image)
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError) as error:  # the last: nonsense in `info`
+    except Exception as error:  # decoders of damaged files raise anything, and so does nonsense in `info`
         reason = error.args[0] if isinstance(error, KeyError) else error
         raise DataError(
             f"The image of mode {image.mode} cannot be shown as RGB: {reason}. Convert it or leave it out."
@@ -158,7 +158,7 @@ def _without_transparency(image: Image.Image) -> Image.Image:
         raise ValueError("floating-point pixels have no defined white; scale them to 0 ... 255 as uint8")
     if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow alone would clip, not scale
         return _from_16_bits(image).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.has_transparency_data:
         rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
         shown = Image.new("RGB", rgba.size, _WHITE)
         shown.paste(rgba, mask=rgba.getchannel("A"))

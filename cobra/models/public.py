@@ -154,7 +154,7 @@ def load_public_run(
             f"{folder / CHECKPOINT} holds no model.projector; it is no public Cobra checkpoint. Fetch the run again."
         )
     first = projector.shapes.get("projector.0.weight", ())
-    if config.projector.kind.startswith(("fused", "ldp")) and len(first) == 2 and 0 not in first:
+    if config.projector.kind.startswith("fused") and len(first) == 2 and 0 not in first:
         expansion, rest = divmod(*first)  # told by no id
         if rest == 0:
             config = replace(config, projector=replace(config.projector, expansion=expansion))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
@@ -24,6 +23,8 @@ from cobra.errors import CheckpointError
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+_ZIP = b"PK\x03\x04"
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _RELEASE_AFTER = 2**30  # bytes read from one mapping of a file before its pages are given back, at some 50 ms each
 _MAX_DEPTH = 32  # of containers in a .pt; training files have at most six or so
 _MAX_CONTAINERS = 2**20
@@ -130,6 +131,10 @@ def read_weights(path: Path) -> Weights:
         return _read_folder(path)
     if not _is_file(path):
         raise CheckpointError(f"{path} is missing.")
+    if _starts_with(path, _LFS_POINTER):  # a clone without Git LFS leaves it in the place of a large file
+        raise CheckpointError(
+            f"{path} holds no weights but a pointer of Git LFS; fetch the file itself with `git lfs pull`."
+        )
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 
 
@@ -157,6 +162,11 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # a name too long for any file
         return False
+
+
+def _starts_with(path: Path, start: bytes) -> bool:
+    with reading(path), path.open("rb") as file:
+        return file.read(len(start)) == start
 
 
 def _read_folder(folder: Path) -> Weights:
@@ -228,7 +238,7 @@ class _TorchFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._can_map = zipfile.is_zipfile(path)  # files of before PyTorch 1.6 are read whole
+        self._can_map = _starts_with(path, _ZIP)  # files of before PyTorch 1.6 are read whole
         self._loaded: dict[str, Tensor] | None = None
         self._num_bytes = 0
 

@@ -16,10 +16,11 @@ from typing import Any
 import timm
 import torch
 from timm.data.config import resolve_data_config
+from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from cobra.config import TowerConfig, VisionConfig
+from cobra.config import TowerConfig, VisionConfig, nearest
 from cobra.errors import ConfigError, ShapeError
 from cobra.models.image import ImageTransform
 
@@ -56,7 +57,8 @@ class VisionTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 images [B, 3, H, W] -> patch features [B, P, width]."""
-        pixels = ((images - self.mean) / self.std).to(self.model.patch_embed.proj.weight.dtype)  # type: ignore[union-attr,arg-type]
+        dtype = next(self.model.patch_embed.parameters()).dtype  # type: ignore[union-attr]
+        pixels = ((images - self.mean) / self.std).to(dtype)
         features = self.model.forward_intermediates(  # type: ignore[operator]
             pixels, indices=[self.layer], norm=False, stop_early=True, output_fmt="NLC", intermediates_only=True
         )
@@ -133,6 +135,7 @@ class VisionEncoder(nn.Module):
 
 def _create(config: TowerConfig) -> nn.Module:
     """Build the timm model and check that it is one that a tower can read."""
+    _check_name(config.timm)
     arguments = {"pretrained": False, "num_classes": 0, "img_size": config.image_size}
     try:
         model = timm.create_model(config.timm, **(dict(config.args) | arguments))
@@ -163,6 +166,17 @@ def _create(config: TowerConfig) -> nn.Module:
 
 
 _SUITABLE = "choose one of timm.list_models('vit_*'), or of 'eva02_*', 'beit*' and 'deit*'."
+
+
+def _check_name(name: str) -> None:
+    """Refuse an architecture that timm does not know, or a tag of one."""
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise ConfigError(f"timm knows no model {architecture!r}.{nearest(architecture, timm.list_models())}")
+    known = get_arch_pretrained_cfgs(architecture)
+    if tag and name not in known:
+        listed = ", ".join(full for full in known if "." in full) or "none"
+        raise ConfigError(f"timm knows no weights {tag!r} of {architecture!r}; it has {listed}.")
 
 
 def _stride(patches: Any) -> int:

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -65,11 +66,6 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def load_part(module: nn.Module, path: Path) -> None:
-    """Load one module's weights from a weight file; every key must fit."""
-    fill(module, read_weights(path))
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
@@ -210,8 +206,24 @@ def _umask() -> int:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder beside `folder` to write into; it takes that name when all went well, else it vanishes."""
+    """Give an empty folder beside `folder` to write into; it takes that name when all went well, else it vanishes.
+
+    Raises:
+        CheckpointError: it cannot be written; what is in `folder` is as it was.
+    """
     folder = folder.absolute()
+    try:
+        with _whole_folder(folder) as temporary:
+            yield temporary
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{folder} cannot be written ({reason}); nothing was changed there. See to free space and to your rights."
+        ) from error
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # its own name, as a folder of the user's or of another process may have any that could be guessed
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -221,8 +233,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 flush_to_disk(file)
-        shutil.rmtree(folder, ignore_errors=True)
+        old = temporary.with_name(f"{temporary.name}.old")
+        if folder.exists():
+            folder.rename(old)
         temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from cobra.errors import CheckpointError
 from cobra.models.sharded import FAILURES, SafeReader, expect_to_be_alone, read_into, reason
@@ -55,6 +56,7 @@ class Saver:
         self.folder, self.ranks, self.keep, self.keep_every = folder, ranks, keep, keep_every
         expect_to_be_alone()
         self._running: tuple[Progress, Future[Any]] | None = None
+        self.last_step = 0  # of the newest checkpoint that was begun
         if ranks.is_first:
             for left_over in folder.glob(f"*{TEMPORARY}"):  # of a run that was killed while it wrote
                 shutil.rmtree(left_over, ignore_errors=True)
@@ -66,9 +68,9 @@ class Saver:
         if self.ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         try:
-            future = dcp.async_save(
+            future = async_save(
                 _collect(model, optimizer, self.ranks.rank),
-                storage_writer=dcp.FileSystemWriter(temporary),
+                storage_writer=FileSystemWriter(temporary),
                 process_group=self.ranks.host_group,
                 no_dist=self.ranks.world_size == 1,
             )
@@ -76,7 +78,7 @@ class Saver:
             future = Future()
             future.set_exception(error)
         assert isinstance(future, Future)
-        self._running = (progress, future)
+        self._running, self.last_step = (progress, future), progress.step
 
     def poll(self) -> None:
         """Publish the checkpoint that is being written, if it is complete by now."""
@@ -119,8 +121,11 @@ class Saver:
         target = temporary.with_suffix("")
         (temporary / "state.json").write_text(json.dumps(vars(progress)) + "\n")
         flush_to_disk(temporary / "state.json")
-        shutil.rmtree(target, ignore_errors=True)
+        replaced = target.with_name(f"{target.name}.old{TEMPORARY}")
+        if target.exists():  # the same step once more: it may be the last good one, and to remove it takes time
+            target.rename(replaced)
         temporary.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
         write_text(self.folder / "latest", target.name + "\n")
         # One of a later step is left over from before the run went back; it must not push this one out.
         complete = [path for path in self.folder.iterdir() if 0 < _step(path) <= progress.step]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from cobra.config import PretrainConfig, as_dict, flatten
-from cobra.errors import CheckpointError
+from cobra.errors import CheckpointError, ConfigError
+from cobra.ranks import Ranks
 from cobra.runtime import write_text
 from cobra.train import checkpoint
 
@@ -20,9 +22,10 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
+_SECONDS_TO_APPEAR = 60.0  # a network file system may show a new file late
 
-# Settings that may differ when a run is resumed: they change no weight, or are compared in another way (the data's
-# rows themselves).
+# Settings that may differ when a run is resumed: they change no weight (rounding aside, as the number of ranks does),
+# or are compared in another way (the data's rows themselves).
 FREE_SETTINGS = (
     "paths.",
     "tracker.",
@@ -34,6 +37,11 @@ FREE_SETTINGS = (
     "data.mix.",
     "data.check",
     "parallel.processes",
+    "parallel.replicate",
+    "parallel.reshard",
+    "parallel.shard_frozen",
+    "parallel.defer_gradient_sync",
+    "parallel.recompute",
     "parallel.peak_tflops",
     "parallel.timeout_minutes",
     "train.log_every",
@@ -75,6 +83,23 @@ def locked(run_folder: Path) -> Iterator[None]:
                 if not any(folder.iterdir()):
                     folder.rmdir()
         lock.release()
+
+
+def check_shared(run_folder: Path, ranks: Ranks) -> None:
+    """Refuse a run folder that is not the same on all machines: each would keep its own part of a checkpoint.
+
+    Raises:
+        ConfigError: some ranks do not see what rank 0 has made.
+    """
+    deadline = time.monotonic() + _SECONDS_TO_APPEAR
+    while not (sees := (run_folder / LOCK_FILE).exists()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    blind = [rank for rank, found in enumerate(ranks.gather(sees)) if not found]
+    if blind:
+        raise ConfigError(
+            f"The run folder {run_folder} of rank 0 is not there for rank {', '.join(map(str, blind))} on another "
+            "machine. Set paths.runs to a folder that all machines share: each rank writes its part of a checkpoint."
+        )
 
 
 def check_run_folder(run_folder: Path, config: PretrainConfig) -> None:

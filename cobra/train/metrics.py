@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 
-from cobra.config import ModelConfig, ParallelConfig
+from cobra.config import ModelConfig, ParallelConfig, TrainConfig
 from cobra.data.batch import Batch
 from cobra.describe.flops import training_flops
 from cobra.describe.meta import build_on_meta, trace_image
 from cobra.models.build import TRAINED_PARTS
 from cobra.runtime import peak_memory_gib
 
-# Dense bf16 matrix rate in TFLOP/s, from the makers' data sheets; the first name that the device's contains counts.
+# Dense bf16 matrix rate in TFLOP/s, from the makers' data sheets; the first name that the device's contains as a word
+# of its own, or at the end of one ("GH200"), counts.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,
@@ -26,6 +28,7 @@ PEAK_TFLOPS = {
     "A10G": 70.0,
     "A10": 125.0,
     "L40S": 362.0,
+    "L40": 181.0,
     "L4": 121.0,
     "RTX 5090": 209.0,
     "RTX 4090": 165.0,
@@ -46,6 +49,7 @@ class Counts:
     positions: float = 0.0  # image and text tokens, padding included
     pads: float = 0.0  # units that only give a rank something to run
     bad: float = 0.0  # rows left out
+    shared: float = 0.0  # micro-batches in which rows share an image
     failed: float = 0.0  # ranks that could not make their part of the batch
     wait_seconds: float = 0.0  # for data
 
@@ -58,11 +62,12 @@ class Counts:
             rows, longest = batch.input_ids.shape
             counts.labels += batch.num_labels
             counts.rows += len(batch.ids)
-            counts.images += num_images
-            counts.text_tokens += int(batch.lengths.sum())
+            counts.images += num_images - batch.num_pads if num_images else 0
+            counts.text_tokens += int(batch.lengths.sum()) - batch.num_pads  # a pad has one token
             counts.positions += rows * longest + num_images * image_tokens
             counts.pads += batch.num_pads
             counts.bad += len(batch.bad)
+            counts.shared += batch.image_index is not None
         return counts
 
     def values(self) -> list[float]:
@@ -77,11 +82,13 @@ class Counts:
 class Flops:
     """Floating-point operations of training: the forward and backward passes that the stage needs, nothing twice."""
 
-    def __init__(self, config: ModelConfig, stage: str) -> None:
+    def __init__(self, config: ModelConfig, train: TrainConfig) -> None:
         """Count them from the config alone."""
-        image, parts = trace_image(build_on_meta(config)), TRAINED_PARTS[stage]
+        image, parts = trace_image(build_on_meta(config)), TRAINED_PARTS[train.stage]
         # linear in the number of text tokens
-        none, one = (sum(p.total for p in training_flops(config.llm, image, n, parts).values()) for n in (0, 1))
+        none, one = (
+            sum(p.total for p in training_flops(config.llm, image, n, parts, train.lora).values()) for n in (0, 1)
+        )
         self.image, self.text_token = none, one - none
 
     def of(self, counts: Counts) -> float:
@@ -96,7 +103,7 @@ def peak_flops(config: ParallelConfig, device: torch.device) -> float | None:
     if device.type != "cuda" or config.precision != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for known, peak in PEAK_TFLOPS.items() if known in name), None)
+    return next((peak * 1e12 for known, peak in PEAK_TFLOPS.items() if re.search(rf"{known}\b", name)), None)
 
 
 class Window:

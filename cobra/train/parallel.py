@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cobra.config import ParallelConfig
 from cobra.errors import ConfigError
+from cobra.models.build import cast_parameters
 from cobra.models.vlm import CobraVLM
 from cobra.models.weights import KEPT_IN_FLOAT32, untied_state
 
@@ -41,16 +42,16 @@ def prepare(model: CobraVLM, config: ParallelConfig) -> None:
         for tower in model.vision.towers:
             tower.model.set_grad_checkpointing(True)  # type: ignore[union-attr,operator]
     if config.precision == "bf16":
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad and parameter.is_floating_point() and not name.endswith(KEPT_IN_FLOAT32):
-                parameter.data = parameter.data.to(torch.bfloat16)
+        cast_parameters(model, torch.bfloat16, frozen_only=True)
     if config.compile:
         for block in _blocks(model, vision=vision_learns):
             block.compile()
 
 
-def make_mesh(config: ParallelConfig, world_size: int, device: torch.device) -> DeviceMesh:
+def make_mesh(config: ParallelConfig, world_size: int, device: torch.device) -> DeviceMesh | None:
     """Lay the ranks out: one dimension to shard over, or copies of the model first and shards of each second (HSDP).
+
+    One process alone has nothing to lay out: None.
 
     Raises:
         ConfigError: `parallel.replicate` does not divide the number of ranks.
@@ -60,6 +61,8 @@ def make_mesh(config: ParallelConfig, world_size: int, device: torch.device) -> 
             f"parallel.replicate={config.replicate} does not divide the {world_size} processes of this run; use a "
             "divisor, usually the number of nodes."
         )
+    if world_size == 1:
+        return None
     if config.replicate == 1:
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
     shape = (config.replicate, world_size // config.replicate)

@@ -47,6 +47,8 @@ def plot_throughput(run_folder: Path, rows: Sequence[Row]) -> None:
     _curve(axes[0], rows, "tokens_per_second", "tokens/s", "tab:blue")
     beside = axes[0].twinx()
     _curve(beside, rows, "examples_per_second", "examples/s", "tab:cyan")
+    for panel, color in ((axes[0], "tab:blue"), (beside, "tab:cyan")):
+        panel.yaxis.label.set_color(color)
     for name, color in (("data_wait_fraction", "tab:red"), ("padding_fraction", "tab:orange"), ("mfu", "tab:green")):
         if any(row.get(name) is not None for row in rows):
             _curve(axes[1], rows, name, "share", color, label=name.replace("_", " ").replace("mfu", "MFU"))

@@ -19,14 +19,14 @@ from cobra.models.build import build_model, set_trainable
 from cobra.models.lora import attach_adapters, merged_state
 from cobra.models.public import is_public_run, load_public_run
 from cobra.models.vlm import CobraVLM, check_vocabulary
-from cobra.models.weights import load_part, parameters_on_meta, save_model_folder, self_contained
+from cobra.models.weights import load_model_folder, parameters_on_meta, save_model_folder, self_contained
 from cobra.ops import use_backend
 from cobra.ranks import Ranks, joined
 from cobra.runtime import pick_device
 from cobra.text.prompt import prompt_format
 from cobra.text.tokenizer import Tokenizer
 from cobra.train.checkpoint import Progress
-from cobra.train.folder import check_run_folder, locked, write_config
+from cobra.train.folder import check_run_folder, check_shared, locked, write_config
 from cobra.train.optim import build_optimizer
 from cobra.train.parallel import autocasts, make_mesh, prepare, shard, unsharded, whole_state
 from cobra.train.plots import plot_run
@@ -61,6 +61,7 @@ def pretrain(config: PretrainConfig, validator: Validator | None = None) -> Path
             if ranks.is_first:
                 check_run_folder(run_folder, config)
             ranks.barrier()
+            check_shared(run_folder, ranks)
             _train(config, run_folder, ranks, stop, validator)
     return run_folder
 
@@ -72,7 +73,7 @@ def _train(
     device = _device(config)
     tokenizer = Tokenizer(resolve_file(config.model.llm.tokenizer, "model.llm.tokenizer"))
     check_vocabulary(tokenizer, config.model.llm, f"Set model.llm.vocab_size={len(tokenizer)}.")
-    mesh = make_mesh(config.parallel, ranks.world_size, device) if ranks.world_size > 1 else None
+    mesh = make_mesh(config.parallel, ranks.world_size, device)
     with parameters_on_meta():
         model = CobraVLM(self_contained(config.model))
     model.config = config.model
@@ -96,6 +97,8 @@ def _train(
 
     if ranks.is_first:  # one copy on the host, whatever the number of ranks
         model = _initial_model(config)
+    # The others wait here, where they learn at once that rank 0 has failed, and not on a GPU, where nobody tells them.
+    ranks.barrier()
     set_trainable(model, config.train.stage)
     if config.train.lora is not None:
         attach_adapters(model, config.train.lora, torch.Generator().manual_seed(config.run.seed))
@@ -127,12 +130,11 @@ def _device(config: PretrainConfig) -> torch.device:
 def _initial_model(config: PretrainConfig) -> CobraVLM:
     """Build the model as step 0 sees it, on the CPU."""
     start = None if config.init_from is None else _start_folder(config.init_from)  # before weights are read
-    if start is not None and is_public_run(start):
+    if start is None:
+        return build_model(config.model, config.run.seed)
+    if is_public_run(start):
         return load_public_run(start, config.model, dtype=torch.float32)  # parts it does not hold: as the config says
-    model = build_model(config.model, config.run.seed)
-    if start is not None:
-        load_part(model, start / "model.safetensors")
-    return model
+    return load_model_folder(start, config=config.model, dtype=torch.float32)
 
 
 def _start_folder(name: str) -> Path:
@@ -190,7 +192,12 @@ def _fit(
         for tracker in trackers:
             tracker.close()
         if ranks.is_first:
-            plot_run(run_folder)
+            try:
+                plot_run(run_folder)
+            except OSError as error:  # a full disk: metrics.jsonl has what they show
+                log.warning("The plots in %s cannot be written (%s).", run_folder, error.strerror or error)
+        if trainer.has_stopped:
+            ranks.barrier()  # a supervisor may stop all ranks as soon as the first one leaves
 
 
 def _export(trainer: Trainer, tokenizer: Tokenizer) -> None:

@@ -43,19 +43,34 @@ class JsonlTracker:
         self.path = run_folder / METRICS_FILE
         drop_after(self.path, first_step)
         self._file = self.path.open("a", encoding="utf-8")
+        self._has_failed = False
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Append a line and flush it; what is not finite becomes null, as JSON has no word for it."""
+        """Append a line and flush it; what is not finite becomes null, as JSON has no word for it.
+
+        What a full disk refuses is kept and written with a later line: no metric is worth a run.
+        """
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in metrics.items()
         }
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        with self._survived():
+            self._file.write(json.dumps(finite) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with self._survived():
+            self._file.close()
+
+    @contextmanager
+    def _survived(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._has_failed:
+                log.warning("%s cannot be written (%s). Training goes on.", self.path, error.strerror or error)
+            self._has_failed = True
 
 
 class WandbTracker:

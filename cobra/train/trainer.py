@@ -58,11 +58,14 @@ class Trainer:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.image_tokens = model.num_image_tokens
         self.skipped_in_a_row = 0
+        self.has_stopped = False  # before the last step, as all ranks have agreed
 
     def resume(self) -> None:
         """Go back to the newest checkpoint, if there is one."""
-        newest = checkpoint.latest(self.checkpoints)
-        if newest is not None:
+        found = checkpoint.latest(self.checkpoints)
+        name = self.ranks.agree(None if found is None else found.name)  # another machine may still see an older one
+        if name is not None:
+            newest = self.checkpoints / name
             progress = checkpoint.load(newest, self.model, self.optimizer, self.ranks)
             if progress.data != self.progress.data:
                 problem = f"{newest} was trained on other rows than data.annotations holds now."
@@ -91,7 +94,7 @@ class Trainer:
                 parameter is not. No update from it has been made, nor such parameters been saved.
         """
         train, device = self.config.train, self.model.device
-        flops = Flops(self.config.model, train.stage)
+        flops = Flops(self.config.model, train)
         peak = peak_flops(self.config.parallel, device)
         window = Window(flops, peak, self.ranks.world_size, self.image_tokens)
         bar = tqdm(
@@ -137,8 +140,12 @@ class Trainer:
         window.exclude(time.perf_counter() - started)
 
     def _set_modes(self) -> None:
-        for part in self.model.children():
-            part.train(any(parameter.requires_grad for parameter in part.parameters()))  # frozen: no drop path
+        """A frozen encoder has no drop path. The rest trains: gradients pass through a frozen language model, too.
+
+        Blocks recompute only when they train (`parallel.recompute`).
+        """
+        self.model.train()
+        self.model.vision.train(any(parameter.requires_grad for parameter in self.model.vision.parameters()))
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and (self.progress.step % every == 0 or self.progress.step == self.num_steps)
@@ -156,17 +163,20 @@ class Trainer:
         counts = Counts(*self.ranks.sum(counts.values()))
         if counts.failed:
             problems = [found for found in self.ranks.gather(problem) if found is not None]
-            if self.progress.step > 0:
-                self.save()
-                self.saver.finish()
+            self._save_before_leaving()
             raise DataError(problems[0])
         if counts.bad:
             self._note_bad_examples(batches)
-        if counts.labels == 0:
+        if counts.labels == 0:  # rows without answers were left out when the data was opened
+            self._save_before_leaving()
             raise DataError(
-                f"Step {self.progress.step + 1}: no row of the batch has an answer within model.max_length="
-                f"{self.config.model.max_length} tokens; raise it, or find the rows with data.check=decode."
+                f"Step {self.progress.step + 1}: no image of the whole batch can be read, see "
+                f"{self.run_folder / BAD_EXAMPLES_FILE}. Is the image folder still there?"
             )
+        if counts.shared:
+            # Then the model reads images and texts in two passes. All ranks do, or they would gather parameters in
+            # different orders and wait for each other for ever.
+            batches = [batch.indexed() for batch in batches]
         return batches, counts
 
     def _step(self, batches: list[Batch], counts: Counts, stop: StopRequest) -> tuple[float | None, float, int]:
@@ -236,8 +246,8 @@ class Trainer:
             shown = ", ".join(map(repr, ids[:8])) + (" ..." if len(ids) > 8 else "")
             raise self._diverged(
                 step,
-                f"loss {loss}, gradient norm {grad_norm}, the {limit}th step in a row without an update; its rows are "
-                f"{shown}",
+                f"loss {loss}, gradient norm {grad_norm}, the last of {limit} steps in a row without an update; its "
+                f"rows are {shown}",
             )
 
     def _diverged(self, step: int, what: str) -> NumericsError:
@@ -257,6 +267,13 @@ class Trainer:
             )
         self.saver.save(self.progress, self.model, self.optimizer)
 
+    def _save_before_leaving(self) -> None:
+        """Make sure that the step that was done last is saved."""
+        is_saved = self.saver.finish() and self.saver.last_step == self.progress.step
+        if self.ranks.sum([float(not is_saved)])[0] and self.progress.step > 0:
+            self.save()
+            self.saver.finish()
+
     def _stop(self, exit_code: int) -> None:
         step = self.progress.step
         if not self.saver.finish():
@@ -264,7 +281,7 @@ class Trainer:
                 f"Stopped after step {step} of {self.num_steps}, but its checkpoint could not be written. The same "
                 f"command goes on from {checkpoint.latest(self.checkpoints) or 'the beginning'}."
             )
-        self.ranks.barrier()  # a supervisor may stop all ranks as soon as the first one leaves
+        self.has_stopped = True
         raise Interrupted(
             f"Stopped after step {step} of {self.num_steps}; a checkpoint is saved. "
             "The same command goes on from here.",
@@ -289,7 +306,10 @@ class Trainer:
         """Append what was left out of this step to bad_examples.jsonl; rank 0 writes for all."""
         mine = [asdict(bad) for batch in batches for bad in batch.bad]
         found = [bad for part in self.ranks.gather(mine) for bad in part]
+        lines = [json.dumps({"step": self.progress.step + 1} | bad) + "\n" for bad in found]
         if self.ranks.is_first:
-            with (self.run_folder / BAD_EXAMPLES_FILE).open("a", encoding="utf-8") as file:
-                for bad in found:
-                    file.write(json.dumps({"step": self.progress.step + 1} | bad) + "\n")
+            try:
+                with (self.run_folder / BAD_EXAMPLES_FILE).open("a", encoding="utf-8") as file:
+                    file.writelines(lines)
+            except OSError as error:  # a full disk; they are told here instead
+                log.warning("%s cannot be written (%s): %s", BAD_EXAMPLES_FILE, error.strerror, "".join(lines).rstrip())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,20 @@ def test_token_budget_gives_the_same_curve_on_two_ranks(runs: Path) -> None:
     assert_same_curve(runs / "tokens-2", runs / "tokens-1")
 
 
+def test_an_image_shared_on_one_rank_alone_stops_nobody(
+    on_ranks, tiny_config, small_overrides, small_data, tmp_path: Path
+) -> None:
+    """One image has two rows, all others have one: the ranks still read their batches in the same number of passes."""
+    rows_of = {row["id"]: row for row in json.loads(small_data.annotations.read_text())}
+    chosen = [rows_of[f"{image}/0"] for image in range(8)] + [rows_of["0/1"]]
+    (tmp_path / "train.json").write_text(json.dumps(chosen))
+    common = [*small_overrides(tmp_path), f"data.annotations={tmp_path / 'train.json'}", "train.learning_rate=1e-5"]
+    common += ["train.global_batch_size=4", "train.per_device_batch_size=2", "train.max_steps=4"]
+    assert on_ranks(2, [*common, "parallel.timeout_minutes=1", "run.name=two"]) == [[None, None]]
+    pretrain(tiny_config(*common, "run.name=one"))
+    assert_same_curve(tmp_path / "two", tmp_path / "one")
+
+
 def test_exported_model_is_whole(runs: Path) -> None:
     """A sharded run writes the same names and shapes as one process, and nearly the same numbers."""
     actual, expected = weights(runs / "2x2-finetune"), weights(runs / "1x4-finetune")
@@ -158,4 +173,3 @@ def test_checkpoint_goes_on_at_another_number_of_ranks(
     pretrain(tiny_config(*base, *common, "run.name=alone"))
     for name in ("one-first", "two-first"):
         assert_same_curve(tmp_path / name, tmp_path / "alone")
-

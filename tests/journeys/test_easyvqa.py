@@ -96,16 +96,30 @@ def test_readme_python_runs(folder: Path) -> None:
     assert result.stdout.strip()  # what it streams
 
 
-@pytest.mark.parametrize("line", re.findall(r"^ {4}(python scripts/[^#\n]+)", README.read_text(), flags=re.MULTILINE))
+COMMANDS = re.findall(r"^ {4}((?:python|torchrun) [^#\n]+)", README.read_text(), flags=re.MULTILINE)
+CONVERSIONS = [line for line in COMMANDS if "convert.py" in line]
+
+
+def test_readme_conversion_loads_again(folder: Path, command: Callable[..., list[str]]) -> None:
+    (line,) = CONVERSIONS
+    assert line.split()[2:4] == ["runs/tiny", "exported"]
+    subprocess.run(command("convert", *line.split()[2:]), cwd=folder, check=True)
+    (load,) = re.findall(r"^ {4}(vlm = cobra\.load\(\"exported\".*\))", README.read_text(), flags=re.MULTILINE)
+    subprocess.run([sys.executable, "-c", f"import cobra\n{load}"], cwd=folder, check=True)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line not in CONVERSIONS])
 def test_readme_command_composes(folder: Path, line: str) -> None:
-    _, file, *arguments = line.split()
-    if "--help" not in arguments:
-        arguments = [a for a in arguments if a != "--multirun"] + ["--cfg", "job"]
-    if "--rerun" in arguments:
-        assert Path(folder / arguments[arguments.index("--rerun") + 1]).is_file()
-        return
-    arguments = [re.sub(r"=(\w+),.*", r"=\1", argument) for argument in arguments]  # one value of a sweep
-    result = subprocess.run(
-        [sys.executable, str(README.parent / file), *arguments], cwd=folder, capture_output=True, text=True
-    )
+    if "-m cobra.describe" in line:
+        command = line.split()[1:]
+    else:
+        script, *arguments = line[line.index("scripts/") :].split()  # torchrun's own arguments are before it
+        if "--help" not in arguments:
+            arguments = [argument for argument in arguments if argument != "--multirun"] + ["--cfg", "job"]
+        if "--rerun" in arguments:
+            assert Path(folder / arguments[arguments.index("--rerun") + 1]).is_file()
+            return
+        arguments = [re.sub(r"=([\w-]+),.*", r"=\1", argument) for argument in arguments]  # one value of a sweep
+        command = [str(README.parent / script), *arguments]
+    result = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cobra.config import PretrainConfig
+from cobra.config import LoraConfig, PretrainConfig
 from cobra.describe import build_on_meta
 from cobra.errors import CheckpointError
 from cobra.models.build import TRAINED_PARTS
@@ -48,25 +49,32 @@ PAPER: dict[str, tuple[dict[str, Any], tuple[str, ...], str, int, str, str]] = {
     "cobra-3b-align": (ALIGN, BOTH, "fused-gelu-mlp", 729, ZEPHYR, "zephyr"),
     "cobra-3b-aligned": (ONE_EPOCH, BOTH, "fused-gelu-mlp", 729, ZEPHYR, "zephyr"),
 }
+# Not in the paper: adapters on one GPU; what one stage learns of the paper's recipe stays.
+LORA = ONE_EPOCH | {"learning_rate": 2e-4, "weight_decay": 0.0}
+OURS = {"cobra-3b-lora": (LORA, BOTH, "fused-gelu-mlp", 729, ZEPHYR, "zephyr")}
+FULL_SIZE = PAPER | OURS
 TINY = sorted(path.stem for path in EXPERIMENTS.glob("tiny*.yaml"))
 
 
 def test_every_experiment_is_tested() -> None:
     names = {path.stem for path in EXPERIMENTS.glob("*.yaml")}
-    assert names == PAPER.keys() | set(TINY)
-    # every variation of the paper can be tried at the tiny size
-    assert {name.removeprefix("cobra-3b") for name in PAPER if name != "cobra-8b"} == {
+    assert names == FULL_SIZE.keys() | set(TINY)
+    # every variation can be tried at the tiny size
+    assert {name.removeprefix("cobra-3b") for name in FULL_SIZE if name != "cobra-8b"} == {
         name.removeprefix("tiny") for name in TINY
     }
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", FULL_SIZE)
 def test_experiment_has_the_papers_settings(tiny_config: Compose, name: str) -> None:
     config = tiny_config(f"+experiment={name}")
-    train, towers, projector, image_tokens, weights, prompt = PAPER[name]
+    train, towers, projector, image_tokens, weights, prompt = FULL_SIZE[name]
     assert {key: getattr(config.train, key) for key in train} == train
     assert config.train.per_device_batch_size * 8 <= config.train.global_batch_size  # eight GPUs
-    assert config.parallel.precision == "bf16"
+    assert config.train.betas == [0.9, 0.999]  # PyTorch's; the paper has none
+    assert (config.train.lora is not None) == (name in OURS)
+    assert config.parallel.processes == (1 if name in OURS else None)
+    assert (config.parallel.precision, config.parallel.recompute) == ("bf16", 1)
     assert config.run.name == config.model.name == name
     model = config.model
     assert len(model.vision.towers) == len(towers) and model.vision.resize == "resize-naive"
@@ -82,12 +90,13 @@ def test_experiment_has_the_papers_settings(tiny_config: Compose, name: str) -> 
         assert built.projector(features).shape == (1, image_tokens, model.llm.d_model)
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", FULL_SIZE)
 def test_only_the_second_stage_starts_from_a_run(tiny_config: Compose, name: str) -> None:
     config = tiny_config(f"+experiment={name}", "paths.runs=/runs", "paths.data=/data")
     assert config.init_from == ("/runs/cobra-3b-align" if name == "cobra-3b-aligned" else None)
     folder = "llava-laion-cc-sbu-558k" if name == "cobra-3b-align" else "llava-v1.5-instruct"
-    assert Path(config.data.annotations).parent == Path(config.data.images) == Path("/data") / folder
+    (files,) = config.data.sets.values()
+    assert Path(files.annotations).parent == Path(files.images) == Path("/data") / folder
     assert config.data.source is None
 
 
@@ -101,6 +110,7 @@ def test_tiny_experiments_vary_what_their_names_say(tiny_config: Compose) -> Non
     assert configs["tiny-ldpv2"].model.projector.expansion == tiny.model.projector.expansion
     assert configs["tiny-base"].model.llm.init != tiny.model.llm.init
     assert (configs["tiny-one-epoch"].train.epochs, configs["tiny-one-epoch"].train.max_steps) == (1, None)
+    assert configs["tiny-lora"].train == replace(tiny.train, weight_decay=0.0, lora=LoraConfig())
     assert configs["tiny-align"].train.stage == "align"
     assert configs["tiny-aligned"].init_from == str(Path(tiny.paths.runs) / "tiny-align")
 
@@ -133,6 +143,7 @@ def test_tiny_experiment_trains(tiny_config: Compose, small_data: Any, tmp_path:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert json.loads((run / "model" / "config.json").read_text())["name"] == name
+    assert not [key for key in weights(run) if "adapter" in key]  # merged
 
 
 def test_second_stage_goes_on_from_the_first(tiny_config: Compose, small_data: Any, tmp_path: Path) -> None:

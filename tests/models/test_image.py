@@ -12,12 +12,13 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, features
 from timm.data import create_transform
 from torchvision.transforms.functional import pad
 
 from cobra.config import RESIZE_STRATEGIES
 from cobra.errors import ConfigError, DataError
+from cobra.hub import open_image
 from cobra.models import image as image_module
 from cobra.models.image import ImageTransform, to_rgb
 
@@ -135,6 +136,7 @@ RED, WHITE = (255, 0, 0), (255, 255, 255)
         (Image.new("RGBA", (1, 1), HALF_TRANSPARENT_RED).convert("RGBa"), [(255, 127, 127)]),
         (Image.new("P", (1, 1)).quantize(2), [(0, 0, 0)]),
         (palette_with_transparency(), [WHITE]),
+        (Image.new("RGBA", (1, 1), HALF_TRANSPARENT_RED).quantize(2), [(255, 127, 127)]),  # a palette of four channels
         (in_file(Image.new("RGB", (1, 1), RED).quantize(2), "GIF"), [RED]),
         (Image.new("PA", (1, 1), (0, 0)), [WHITE]),
         (Image.new("L", (1, 1), GREY), [(GREY, GREY, GREY)]),
@@ -221,6 +223,21 @@ def truncated() -> Image.Image:
 def test_what_cannot_be_shown_is_refused(make: Callable[[], Image.Image], message: str) -> None:
     with pytest.raises(DataError, match=message):
         ImageTransform([(16, {"mean": MEAN, "interpolation": "bicubic"})], "resize-naive")(make())
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_damaged_avif_is_refused(tmp_path: Path) -> None:
+    """Its decoder raises RuntimeError."""
+    file = io.BytesIO()
+    picture(64, 64).save(file, "AVIF")
+    content = bytearray(file.getvalue())
+    start = content.index(b"mdat") + 4
+    content[start : start + 8] = b"\xff" * 8
+    (tmp_path / "x.avif").write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.avif does not decode: .*Replace the file or leave it out"):
+        open_image(tmp_path / "x.avif")
+    with pytest.raises(DataError, match="cannot be shown as RGB"):
+        to_rgb(Image.open(tmp_path / "x.avif"))
 
 
 @pytest.mark.parametrize("strategy", RESIZE_STRATEGIES)

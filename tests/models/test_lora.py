@@ -371,7 +371,8 @@ class TestMerging:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_a_state_is_merged_like_the_modules(self, plain: CobraVLM, dtype: torch.dtype) -> None:
-        model = attached(cast_parameters(plain, dtype))
+        cast_parameters(plain, dtype)
+        model = attached(plain)
         fill(model)
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         untied = {name: tensor for name, tensor in state.items() if name != "llm.lm_head.weight"}

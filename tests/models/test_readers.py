@@ -123,6 +123,26 @@ def test_truncated_files_are_refused(tensors: dict[str, Tensor], tmp_path: Path,
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("start", "end"), [(0, 4), (-26, -22), (-22, -18)])
+def test_files_with_a_damaged_frame_are_refused(
+    tensors: dict[str, Tensor], tmp_path: Path, start: int, end: int
+) -> None:
+    """Of the zip file that torch.save writes: its first mark, and the records at its end."""
+    torch.save(tensors, tmp_path / "x.pt")
+    content = bytearray((tmp_path / "x.pt").read_bytes())
+    content[start:end] = b"\xff" * (end - start)
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"x\.pt cannot be read"):
+        read_weights(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("name", ["x.pt", "model.safetensors"])
+def test_git_lfs_pointers_are_called_so(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n")
+    with pytest.raises(CheckpointError, match=rf"{name} holds no weights but a pointer of Git LFS; .*git lfs pull"):
+        read_weights(tmp_path)
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_code_in_a_file_never_runs(tensors: dict[str, Tensor], tmp_path: Path, legacy: bool) -> None:
     trap = Trap(tmp_path / "sprung")

@@ -159,6 +159,15 @@ def test_tower_built_on_meta_equals_one_built_in_memory(name: str) -> None:
     assert torch.equal(tower(images), real(images))
 
 
+def test_tower_without_a_patch_projection_has_features() -> None:
+    """Some timm models cut patches with a stem of convolutions alone."""
+    with torch.device("meta"):
+        tower = VisionTower(TowerConfig(timm="vit_base_mci_224", image_size=224, weights="random"))
+    images = torch.zeros(2, 3, 224, 224, dtype=torch.uint8, device="meta")
+    features = tower.to("meta").to(torch.bfloat16)(images)
+    assert features.shape == (2, tower.num_patches, tower.width) and features.dtype == torch.bfloat16
+
+
 def test_normalisation_survives_casts(vision: VisionConfig) -> None:
     tower = VisionTower(replace(vision.towers[0], weights="random"))
     mean = tower.mean.clone()
@@ -283,7 +292,11 @@ def test_impossible_tower_config_is_refused(settings: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.vision.towers.0.timm=vit_smal_patch14", "vit_smal_patch14"),
+        ("model.vision.towers.0.timm=vit_smal_patch14_dinov2", "'vit_smal.*'. Did you mean 'vit_small_patch14_dinov2'"),
+        (
+            "model.vision.towers.0.timm=vit_small_patch14_dinov2.lvd42",
+            r"no weights 'lvd42' of 'vit_small_patch14_dinov2'; it has vit_small_patch14_dinov2\.lvd142m\.",
+        ),
         ("model.vision.towers.0.layer=7", "layer=7"),
         ("model.vision.towers.0.args.patch_sizes=8", "patch_sizes"),
         ("model.vision.towers.0.args.act_layer=nope", r"vit_small.*it knows no 'nope'; correct .*args"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,6 +166,20 @@ def test_same_seed_builds_the_same_model(small_model_config: ModelConfig) -> Non
     assert all(map(torch.equal, first.state_dict().values(), again.state_dict().values()))
     assert not torch.equal(first.projector.projector[0].weight, other.projector.projector[0].weight)
     assert all(map(torch.equal, first.vision.state_dict().values(), other.vision.state_dict().values()))  # pretrained
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_stored_in_16_bits_are_trained_in_32(
+    small_model: CobraVLM, small_model_config: ModelConfig, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """As the public Mambas are stored; the shipped towers are, too."""
+    stored = {name: tensor.to(dtype) for name, tensor in small_model.llm.state_dict().items()}
+    torch.save(stored, tmp_path / "pytorch_model.bin")
+    config = replace(small_model_config, llm=replace(small_model_config.llm, weights=str(tmp_path)))
+    model = build_model(config, seed=0)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    for name, parameter in model.llm.named_parameters():
+        assert torch.equal(parameter, stored[name].float()), name
 
 
 @pytest.mark.parametrize("kind", ["linear", "gelu-mlp", "fused-gelu-mlp"])
