@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from cobra.errors import DataError
+from cobra.eval.rules.boxes import BoxXYXY
 from cobra.eval.rules.intervals import interval
 
 OFFICIAL, PAPER = "official", "paper"
@@ -23,6 +24,11 @@ def text(prediction: Prediction) -> str:
     """Return a prediction that is known to be text."""
     assert isinstance(prediction, str)
     return prediction
+
+
+def most_common(answers: Iterable[str]) -> str:
+    """Return what people said, the most frequent first, for other people to read."""
+    return ", ".join(f"{answer} ({count})" for answer, count in Counter(answers).most_common(3))
 
 
 def probabilities(prediction: Prediction) -> Mapping[str, float]:
@@ -159,6 +165,14 @@ class Benchmark(ABC):
     ) -> dict[str, float | None]:
         """Return further numbers of one part's questions; the uncounted ones are among them."""
         return {}
+
+    def show_truth(self, question: Question) -> str:
+        """Return the right answer for people to read."""
+        return str(question.truth)
+
+    def true_box(self, question: Question) -> BoxXYXY | None:
+        """Return the box to be drawn, where the right answer is one."""
+        return None
 
     def row_id(self, row: Mapping[str, Any]) -> str:
         """Return the question id that a row of a predictions file belongs to."""

@@ -10,8 +10,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from cobra.errors import DataError
-from cobra.eval.benchmark import Benchmark, Choices, Question
+from cobra.eval.benchmark import Choices, FreeText, Prediction, Question
 from cobra.eval.store import AnswerStore
 
 
@@ -37,6 +36,10 @@ class Answerer(Protocol[State]):
         """Answer one prompt per image state, greedily."""
         ...
 
+    def score(self, image: State, prompt: list[str], choices: Sequence[str]) -> list[list[float]]:
+        """Return each choice's probability as the answer's first token, per image state; a row sums to 1."""
+        ...
+
 
 def select(questions: Sequence[Question], limit: int | None) -> list[Question]:
     """Return the first `limit` questions of one fixed shuffled order, so that small sets nest in large ones."""
@@ -46,9 +49,7 @@ def select(questions: Sequence[Question], limit: int | None) -> list[Question]:
     return [questions[i] for i in sorted(order[:limit])]
 
 
-def ask(
-    model: Answerer[State], benchmark: Benchmark, questions: Sequence[Question], store: AnswerStore, batch_size: int
-) -> None:
+def ask(model: Answerer[State], questions: Sequence[Question], store: AnswerStore, batch_size: int) -> None:
     """Answer the questions that the store has no answer to yet, and write each answer when it is there."""
     waiting = [question for question in questions if question.id not in store.answers]
     with tqdm(
@@ -56,25 +57,31 @@ def ask(
         initial=len(questions) - len(waiting),
         unit=" questions",
         mininterval=0.5 if sys.stderr.isatty() else 15,
-        desc=benchmark.name,
+        desc=store.benchmark.name,
     ) as bar:
         for batch in group_by_image(waiting, batch_size):
-            store.append(answer(model, benchmark, batch).items())
+            store.append(answer(model, batch).items())
             bar.update(len(batch))
 
 
-def answer(model: Answerer[State], benchmark: Benchmark, batch: Sequence[Question]) -> dict[str, str]:
+def answer(model: Answerer[State], batch: Sequence[Question]) -> dict[str, Prediction]:
     """Return the model's answers by question id; each image of the batch is read once."""
     images = list(dict.fromkeys(question.image for question in batch))
     number = {image: i for i, image in enumerate(images)}
     states = model.encode_image(images)
-    rows = states[[number[question.image] for question in batch]]
-    kinds = [question.answer for question in batch]
-    if any(isinstance(kind, Choices) for kind in kinds):
-        raise DataError(f"{benchmark.name} asks for probabilities of words, which the engine does not do yet.")
-    longest = max(kind.max_new_tokens for kind in kinds if not isinstance(kind, Choices))
-    answers = model.generate(rows, [question.text for question in batch], max_new_tokens=longest)
-    return dict(zip((question.id for question in batch), answers, strict=True))
+    alike: dict[FreeText | Choices, list[Question]] = {}
+    for question in batch:
+        alike.setdefault(question.answer, []).append(question)
+    answers: dict[str, Prediction] = {}
+    for kind, questions in alike.items():
+        rows, texts = states[[number[q.image] for q in questions]], [q.text for q in questions]
+        found: Sequence[Prediction]
+        if isinstance(kind, Choices):
+            found = [dict(zip(kind.words, row, strict=True)) for row in model.score(rows, texts, kind.words)]
+        else:
+            found = model.generate(rows, texts, max_new_tokens=kind.max_new_tokens)
+        answers |= zip((question.id for question in questions), found, strict=True)
+    return answers
 
 
 def group_by_image(questions: Sequence[Question], batch_size: int) -> Iterator[list[Question]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -50,21 +50,7 @@ def read_predictions(
         DataError: the file cannot be read, a row has another form, or ids are missing, doubled or unknown.
     """
     asked = {question.id: question for question in questions}
-    result = Predictions()
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"predictions={path} cannot be read: {error.strerror}.") from None
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row: Any = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            result.broken.append(f"{where}, is not JSON: {error}")
-            continue
-        _add(row, where, benchmark, asked, result)
+    result = read_rows(path, benchmark, asked)
     result.missing = [one for one in asked if one not in result.answers]
     if not result.answers:
         raise DataError(
@@ -80,7 +66,37 @@ def read_predictions(
     return result
 
 
-def _add(row: Any, where: str, benchmark: Benchmark, asked: dict[str, Question], result: Predictions) -> None:
+def read_rows(path: Path, benchmark: Benchmark, asked: Mapping[str, Question]) -> Predictions:
+    """Read the answers to the questions of `asked`, which has them by id, and what else the file holds.
+
+    Raises:
+        DataError: the file cannot be read, or a row has another form.
+    """
+    result = Predictions()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"predictions={path} cannot be read: {error.strerror}.") from None
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row: Any = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            result.broken.append(f"{where}, is not JSON: {error}")
+            continue
+        _add(row, where, benchmark, asked, result)
+    return result
+
+
+def write_row(benchmark: Benchmark, question: Question, prediction: Prediction) -> str:
+    """Return the line of a predictions file that `read_rows` reads."""
+    key = "prediction" if isinstance(prediction, str) else "probabilities"
+    return json.dumps(benchmark.id_fields(question) | {key: prediction}) + "\n"
+
+
+def _add(row: Any, where: str, benchmark: Benchmark, asked: Mapping[str, Question], result: Predictions) -> None:
     try:
         one = benchmark.row_id(row)
     except (KeyError, TypeError) as error:
@@ -118,7 +134,5 @@ def _is_probability(value: object) -> bool:
 
 def _form(question: Question, benchmark: Benchmark) -> str:
     """Show how a row should look."""
-    row = benchmark.id_fields(question)
-    if isinstance(question.answer, Choices):
-        return json.dumps(row | {"probabilities": dict.fromkeys(question.answer.words, 0.5)})
-    return json.dumps(row | {"prediction": "..."})
+    answer = dict.fromkeys(question.answer.words, 0.5) if isinstance(question.answer, Choices) else "..."
+    return write_row(benchmark, question, answer).strip()

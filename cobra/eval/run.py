@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cobra.api import load
+from cobra.api import Cobra, load
 from cobra.config import EvaluateConfig
-from cobra.errors import DataError
+from cobra.errors import ConfigError, DataError
 from cobra.eval import engine, gallery, report
-from cobra.eval.benchmark import Benchmark, Scores
+from cobra.eval.benchmark import Benchmark, Choices, Question, Scores
 from cobra.eval.store import AnswerStore
 from cobra.hub import resolve_model_folder
 from cobra.loading import find_model
@@ -50,13 +51,16 @@ def _evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
             "questions": _digest(repr([(q.id, q.text, q.truth, q.answer) for q in every_question]).encode()),
             "dtype": config.dtype,
         },
+        benchmark,
+        every_question,
     )
     num_waiting = sum(question.id not in store.answers for question in questions)
     model = load(config.load, device=config.device, dtype=config.dtype)
+    _check_choices(model, benchmark, questions)
     log.info("Asking %s %s questions of %s.", config.load, f"{num_waiting:,}", benchmark.name)
     started = time.perf_counter()
     try:
-        engine.ask(model, benchmark, questions, store, config.batch_size)
+        engine.ask(model, questions, store, config.batch_size)
     finally:
         store.close()
     seconds = time.perf_counter() - started
@@ -68,13 +72,25 @@ def _evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
     report.write_report(folder, facts, scores)
     title = f"{name} on {benchmark.name}: {scores.overall.percent:.2f} %"
     gallery.plot_types(folder, scores, title)
-    gallery.plot_examples(folder, questions, store.answers, scores, title)
+    gallery.plot_examples(folder, benchmark, questions, store.answers, scores, title)
     for kind, tally in scores.by_type.items():
         log.info("  %-20s %6.2f %%  of %6s", kind, tally.percent, f"{tally.total:,}")
     log.info("  %-20s %6.2f %%  of %6s", "all", scores.overall.percent, f"{scores.overall.total:,}")
     log.info("Report: %s", folder / "report.md")
     log.info("Pictures: %s, %s", folder / "examples.png", folder / "by_type.png")
     return scores
+
+
+def _check_choices(model: Cobra, benchmark: Benchmark, questions: Sequence[Question]) -> None:
+    """Raise ConfigError unless every word whose probability is asked for is one token of the model."""
+    kinds = {question.answer for question in questions}
+    try:
+        for word in {word for kind in kinds if isinstance(kind, Choices) for word in kind.words}:
+            model.tokenizer.single_id(word)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{benchmark.name} compares the probabilities of single tokens, which {model.name} does not have: {error}"
+        ) from None
 
 
 def _display_name(config: EvaluateConfig) -> str:

@@ -127,46 +127,49 @@ class Rows:
 
 
 def test_each_image_is_read_once(benchmark: Small, tmp_path: Path) -> None:
-    model, store = Counting(), AnswerStore(tmp_path, {})
+    model, store = Counting(), AnswerStore(tmp_path, {}, benchmark, benchmark.questions())
     questions = benchmark.questions()
-    engine.ask(model, benchmark, questions, store, batch_size=12)
+    engine.ask(model, questions, store, batch_size=12)
     assert len(model.read) == len(set(model.read)) == 24  # three questions each: batches of 12 cut no image
     assert store.answers == {q.id: f"{q.image.stem}: {q.text}" for q in questions}
 
 
 def test_stopped_evaluation_asks_only_the_rest(benchmark: Small, tmp_path: Path) -> None:
     questions, first, second = benchmark.questions(), Counting(breaks_after=3), Counting()
-    store = AnswerStore(tmp_path, {"model": "a"})
+    store = AnswerStore(tmp_path, {"model": "a"}, benchmark, questions)
     with pytest.raises(KeyboardInterrupt):
-        engine.ask(first, benchmark, questions, store, batch_size=10)  # three images of three questions each
+        engine.ask(first, questions, store, batch_size=10)  # three images of three questions each
     store.close()
     assert len(lines(tmp_path / "predictions.jsonl")) == 27
     with (tmp_path / "predictions.jsonl").open("a") as file:
         file.write('{"question_id": "99/0", "predic')  # a kill in the middle of a line
-    store = AnswerStore(tmp_path, {"model": "a"})
-    engine.ask(second, benchmark, questions, store, batch_size=10)
+    store = AnswerStore(tmp_path, {"model": "a"}, benchmark, questions)
+    engine.ask(second, questions, store, batch_size=10)
     store.close()
     assert len(first.asked) == 27 and len(second.asked) == 45
     assert lines(tmp_path / "predictions.jsonl") == {q.id: f"{q.image.stem}: {q.text}" for q in questions}
 
 
-def test_store_keeps_any_text(tmp_path: Path) -> None:
-    answers = {"a": 'quote " and \n line', "b": "\u2028 é \x85", "c": ""}
-    store = AnswerStore(tmp_path, {})
+def test_store_keeps_any_text(benchmark: Small, tmp_path: Path) -> None:
+    questions = benchmark.questions()
+    texts = ['quote " and \n line', "\u2028 é \x85", "", "\ud83d"]
+    answers = {question.id: text for question, text in zip(questions, texts, strict=False)}
+    store = AnswerStore(tmp_path, {}, benchmark, questions)
     store.append(answers.items())
     store.close()
-    store = AnswerStore(tmp_path, {})
+    store = AnswerStore(tmp_path, {}, benchmark, questions)
     assert store.answers == answers
     store.close()
 
 
-def test_answers_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
-    store = AnswerStore(tmp_path, {"model": "a", "questions": "x", "dtype": "float32"})
-    store.append([("1", "yes")])
+def test_answers_of_another_model_are_refused_by_name(benchmark: Small, tmp_path: Path) -> None:
+    questions = benchmark.questions()
+    store = AnswerStore(tmp_path, {"model": "a", "questions": "x", "dtype": "float32"}, benchmark, questions)
+    store.append([(questions[0].id, "yes")])
     store.close()
     with pytest.raises(DataError, match="another dtype, model;"):
-        AnswerStore(tmp_path, {"model": "b", "questions": "x", "dtype": "bfloat16"})
-    assert lines(tmp_path / "predictions.jsonl") == {"1": "yes"}
+        AnswerStore(tmp_path, {"model": "b", "questions": "x", "dtype": "bfloat16"}, benchmark, questions)
+    assert lines(tmp_path / "predictions.jsonl") == {questions[0].id: "yes"}
 
 
 def test_second_evaluation_asks_nothing(benchmark: Small, config: EvaluateConfig, tmp_path: Path) -> None:

@@ -64,6 +64,10 @@ class GQA(Benchmark):
                 for number, row in cast("dict[str, Any]", read_json(path)).items()
             ]
 
+    def show_truth(self, question: Question) -> str:
+        """The answer alone."""
+        return question.truth["answer"]
+
     def score_answer(self, prediction: Prediction, question: Question) -> tuple[float, float]:
         """Score by both rules."""
         answer, truth = text(prediction), question.truth["answer"]

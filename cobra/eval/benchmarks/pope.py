@@ -65,6 +65,10 @@ class Pope(Benchmark):
             check_unique(path, [question.id for question in questions])
         return questions
 
+    def show_truth(self, question: Question) -> str:
+        """The right one of the two words."""
+        return WORDS[0] if question.truth else WORDS[1]
+
     def score_answer(self, prediction: Prediction, question: Question) -> tuple[float, float]:
         """Both rules are the same."""
         score = float(says(probabilities(prediction), *WORDS) == question.truth)

@@ -93,6 +93,14 @@ class RefCOCO(Benchmark):
                 ]
         return questions
 
+    def show_truth(self, question: Question) -> str:
+        """The box as the model should write it."""
+        return "[" + ", ".join(f"{value:.2f}" for value in question.truth.official) + "]"
+
+    def true_box(self, question: Question) -> BoxXYXY:
+        """The official one."""
+        return question.truth.official
+
     def score_answer(self, prediction: Prediction, question: Question) -> tuple[float, float]:
         """Score by both rules: they differ in the true box."""
         box = parse_box(text(prediction))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from cobra.config import one_of
 from cobra.errors import DataError
-from cobra.eval.benchmark import Benchmark, FreeText, Prediction, Question, text
+from cobra.eval.benchmark import Benchmark, FreeText, Prediction, Question, most_common, text
 from cobra.eval.files import Source, check_unique, expecting, locate, read_json, read_json_lines
 from cobra.eval.rules import vqa
 
@@ -75,6 +75,10 @@ class TextVQA(Benchmark):
     def id_fields(self, question: Question) -> dict[str, Any]:
         """Ids are numbers."""
         return {"question_id": int(question.id.partition("/")[0]), "prompt": question.part}
+
+    def show_truth(self, question: Question) -> str:
+        """The most frequent of the ten answers."""
+        return most_common(question.truth)
 
     def score_answer(self, prediction: Prediction, question: Question) -> tuple[float, float]:
         """Both rules are the same."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cobra.eval.benchmark import Benchmark, FreeText, Prediction, Question, text
+from cobra.eval.benchmark import Benchmark, FreeText, Prediction, Question, most_common, text
 from cobra.eval.files import Source, check_unique, expecting, locate, read_json
 from cobra.eval.rules import vqa
 from cobra.eval.rules.binary import average_precision, confusion
@@ -48,6 +48,10 @@ class VizWiz(Benchmark):
             ]
         check_unique(path, [question.id for question in questions])
         return questions
+
+    def show_truth(self, question: Question) -> str:
+        """The most frequent of the ten answers."""
+        return most_common(question.truth)
 
     def score_answer(self, prediction: Prediction, question: Question) -> tuple[float, float]:
         """Both rules are the same."""

@@ -8,7 +8,7 @@ from sys import intern
 from typing import Any, ClassVar
 
 from cobra.errors import DataError
-from cobra.eval.benchmark import Benchmark, FreeText, Prediction, Question, text
+from cobra.eval.benchmark import Benchmark, FreeText, Prediction, Question, most_common, text
 from cobra.eval.files import Source, check_unique, expecting, locate, read_json
 from cobra.eval.rules.vqa import vqav2_official, vqav2_paper
 
@@ -77,6 +77,10 @@ class VQAv2(Benchmark):
     def id_fields(self, question: Question) -> dict[str, Any]:
         """Ids are numbers."""
         return {"question_id": int(question.id)}
+
+    def show_truth(self, question: Question) -> str:
+        """The most frequent of the ten answers."""
+        return most_common(question.truth[0])
 
     def score_answer(self, prediction: Prediction, question: Question) -> tuple[float, float]:
         """Score by both rules."""

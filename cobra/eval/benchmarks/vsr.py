@@ -47,6 +47,10 @@ class VSR(Benchmark):
         """Ids are numbers."""
         return {"question_id": int(question.id)}
 
+    def show_truth(self, question: Question) -> str:
+        """The right one of the two words."""
+        return WORDS[0] if question.truth else WORDS[1]
+
     def score_answer(self, prediction: Prediction, question: Question) -> tuple[float, float]:
         """Both rules are the same."""
         score = float(says(probabilities(prediction), *WORDS) == question.truth)
