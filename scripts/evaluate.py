@@ -15,7 +15,7 @@ def main(cfg: DictConfig) -> None:
 
     from cobra.eval.run import evaluate
 
-    evaluate(config, instantiate(benchmark))
+    evaluate(config, instantiate(benchmark, _convert_="all"))
 
 
 if __name__ == "__main__":

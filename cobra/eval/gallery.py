@@ -103,8 +103,8 @@ def _draw_box(axes: Any, box: BoxXYXY, size: tuple[int, int], *, color: str, lin
     """Draw a box given in 0..1; a dark rim tells it from any image."""
     (x1, y1, x2, y2), (width, height) = box, size
     corner, extent = (x1 * width, y1 * height), ((x2 - x1) * width, (y2 - y1) * height)
-    for rim, style in (("black", {"linewidth": 3.5}), (color, {"linewidth": 2, "linestyle": linestyle})):
-        axes.add_patch(Rectangle(corner, *extent, fill=False, edgecolor=rim, **style))
+    for rim, width, style in (("black", 3.5, "-"), (color, 2.0, linestyle)):
+        axes.add_patch(Rectangle(corner, *extent, fill=False, edgecolor=rim, linewidth=width, linestyle=style))
 
 
 def choose_examples(questions: Sequence[Question], scores: Scores, *, num_wrong: int, num_all: int) -> list[Question]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cobra.hub import resolve_model_folder
 from cobra.loading import find_model
 from cobra.models.public import CHECKPOINT, is_public_run
 from cobra.ops import use_backend
+from cobra.runtime import write_text
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +39,12 @@ def _evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
     weights, model_config = _model_files(config.load)
     every_question = benchmark.questions()
     questions = engine.select(every_question, config.limit)
-    missing = [q.image for q in questions if not q.image.is_file()]
-    if missing:
-        source = f" Get them from {benchmark.image_url}." if benchmark.image_url else ""
-        raise DataError(f"{len(missing)} images of {benchmark.name} are missing, for example {missing[0]}.{source}")
+    missing = _missing_images(questions)
+    if missing and config.on_missing == "error":
+        raise DataError(f"{_listed(benchmark, missing)}\non_missing=skip leaves their questions out.")
+    questions = [question for question in questions if question.image not in missing]
+    if not questions:
+        raise DataError(f"{_listed(benchmark, missing)}\nNo question is left.")
     name = _display_name(config)
     folder = Path(config.output or Path(config.paths.results) / benchmark.name / name)
     store = AnswerStore(
@@ -54,6 +58,9 @@ def _evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
         benchmark,
         every_question,
     )
+    if missing:
+        write_text(folder / "missing_images.txt", "".join(f"{image}\n" for image in missing))
+        log.warning("Left out: %s\nAll are listed in %s.", _listed(benchmark, missing), folder / "missing_images.txt")
     num_waiting = sum(question.id not in store.answers for question in questions)
     model = load(config.load, device=config.device, dtype=config.dtype)
     _check_choices(model, benchmark, questions)
@@ -68,6 +75,7 @@ def _evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
     scores = benchmark.score(store.answers, questions)
     facts: dict[str, Any] = {"benchmark": benchmark.name, "model": config.load, "dtype": config.dtype}
     facts |= {"limit": config.limit, "asked_now": num_waiting, "seconds": round(seconds, 2)}
+    facts |= {"missing_images": len(missing)} if missing else {}
     report.write_results(folder, facts, scores)
     report.write_report(folder, facts, scores)
     title = f"{name} on {benchmark.name}: {scores.overall.percent:.2f} %"
@@ -79,6 +87,20 @@ def _evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
     log.info("Report: %s", folder / "report.md")
     log.info("Pictures: %s, %s", folder / "examples.png", folder / "by_type.png")
     return scores
+
+
+def _missing_images(questions: Sequence[Question]) -> dict[Path, int]:
+    """Return the images that are not there, with how many questions each has."""
+    counts = Counter(question.image for question in questions)
+    return {image: count for image, count in counts.items() if not image.is_file()}
+
+
+def _listed(benchmark: Benchmark, missing: Mapping[Path, int]) -> str:
+    shown = [f"  {image}" for image in list(missing)[:10]] + ["  ..."] * (len(missing) > 10)
+    source = f"\nGet them from {benchmark.image_url}." if benchmark.image_url else ""
+    count = f"{len(missing):,} image{'s' * (len(missing) > 1)}"
+    head = f"{benchmark.name} lacks {count}, about which there are {sum(missing.values()):,} questions:"
+    return "\n".join([head, *shown]) + source
 
 
 def _check_choices(model: Cobra, benchmark: Benchmark, questions: Sequence[Question]) -> None:

@@ -181,7 +181,9 @@ def test_second_evaluation_asks_nothing(benchmark: Small, config: EvaluateConfig
 
 def test_missing_image_is_named(benchmark: Small, config: EvaluateConfig) -> None:
     benchmark.images = Path("absent")
-    with pytest.raises(CobraError, match=r"images of small are missing, for example absent/\d+\.png"):
+    with pytest.raises(
+        CobraError, match=r"small lacks 24 images, about which there are 72 questions:\n  absent/\d+\.png"
+    ):
         evaluate(config, benchmark)
 
 
