@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections import Counter
@@ -15,10 +14,9 @@ from cobra.config import EvaluateConfig
 from cobra.errors import ConfigError, DataError
 from cobra.eval import engine, gallery, report
 from cobra.eval.benchmark import Benchmark, Choices, Question, Scores
+from cobra.eval.fingerprint import model_fingerprint, questions_fingerprint
 from cobra.eval.store import AnswerStore
-from cobra.hub import resolve_model_folder
-from cobra.loading import find_model
-from cobra.models.public import CHECKPOINT, is_public_run
+from cobra.models.sharded import is_sharded
 from cobra.ops import use_backend
 from cobra.runtime import write_text
 
@@ -36,7 +34,7 @@ def evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
 
 
 def _evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
-    weights, model_config = _model_files(config.load)
+    fingerprint = model_fingerprint(config.load)
     every_question = benchmark.questions()
     questions = engine.select(every_question, config.limit)
     missing = _missing_images(questions)
@@ -49,12 +47,7 @@ def _evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
     folder = Path(config.output or Path(config.paths.results) / benchmark.name / name)
     store = AnswerStore(
         folder,
-        {
-            "model": _digest_of(weights),
-            "model config": _digest_of(model_config),
-            "questions": _digest(repr([(q.id, q.text, q.truth, q.answer) for q in every_question]).encode()),
-            "dtype": config.dtype,
-        },
+        {**fingerprint, "questions": questions_fingerprint(every_question), "dtype": config.dtype},
         benchmark,
         every_question,
     )
@@ -116,28 +109,8 @@ def _check_choices(model: Cobra, benchmark: Benchmark, questions: Sequence[Quest
 
 
 def _display_name(config: EvaluateConfig) -> str:
-    """The run's name for a run folder, else the folder's own name."""
+    """The run's name for a run folder, with the step for a checkpoint of it; else the folder's own name."""
     folder, runs = Path(config.load).expanduser().resolve(), Path(config.paths.runs).resolve()
-    return folder.relative_to(runs).as_posix() if folder.is_relative_to(runs) else folder.name
-
-
-def _model_files(name: str) -> tuple[Path, Path]:
-    """The weights and the config that `cobra.load` reads for a name."""
-    folder = find_model(name)
-    if is_public_run(folder):
-        return folder / CHECKPOINT, folder / "config.json"
-    folder = resolve_model_folder(folder)
-    return folder / "model.safetensors", folder / "config.json"
-
-
-def _digest_of(file: Path) -> str:
-    """Read in pieces: a model may be larger than memory."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(2**24):
-            digest.update(piece)
-    return digest.hexdigest()[:16]
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+    step = f"/{folder.name}" if is_sharded(folder) else ""
+    folder = folder.parent.parent if step else folder
+    return (folder.relative_to(runs).as_posix() if folder.is_relative_to(runs) else folder.name) + step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from PIL import Image
 
 import cobra
 from cobra.config import EvaluateConfig, PathsConfig, ScoreConfig
-from cobra.errors import ConfigError, DataError
+from cobra.errors import CheckpointError, ConfigError, DataError
 from cobra.eval import engine
 from cobra.eval.benchmark import Choices
-from cobra.eval.gallery import show
+from cobra.eval.fingerprint import model_fingerprint
+from cobra.eval.gallery import plot_examples, show
 from cobra.eval.run import evaluate
 from cobra.eval.scoring import score
 
@@ -109,8 +111,6 @@ def test_every_right_answer_can_be_read(data_root: Path) -> None:
 
 
 def test_odd_answers_are_drawn(data_root: Path, tmp_path: Path) -> None:
-    from cobra.eval.gallery import plot_examples
-
     benchmark = configured("refcoco", data_root)
     questions = engine.select(benchmark.questions(), 5)
     odd = ["$x_$", "\x00\x1b[31m\u2028", "x" * 10_000, "[0.1, 0.2, 0.8, 0.9]", "\ud83d"]
@@ -150,3 +150,25 @@ def test_missing_images_are_listed_or_skipped(trained_run: Path, data_root: Path
         image.unlink()
     with pytest.raises(DataError, match="No question is left"):
         evaluate(config_of(trained_run, tmp_path / "out", on_missing="skip"), benchmark)
+
+
+def test_training_checkpoint_is_evaluated(trained_run: Path, data_root: Path, tmp_path: Path) -> None:
+    benchmark = configured("pope", data_root)
+    (checkpoint,) = (trained_run / "checkpoints").glob("step-*")
+    evaluate(config_of(trained_run, tmp_path / "model"), benchmark)
+    config = replace(config_of(checkpoint, tmp_path), output=None, paths=PathsConfig(results=str(tmp_path / "results")))
+    evaluate(config, benchmark)
+    folder = tmp_path / "results" / "pope" / trained_run.name / checkpoint.name
+    assert rows_of(folder) == rows_of(tmp_path / "model")
+    run = tmp_path / "resumed"
+    shutil.copytree(trained_run, run)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("max_steps: 60", "max_steps: 90"))
+    again = run / "checkpoints" / checkpoint.name
+    assert model_fingerprint(str(again)) == model_fingerprint(str(checkpoint))
+    (run / "config.yaml").write_text(text.replace("prompt: ", "prompt: x"))
+    with pytest.raises(DataError, match="another model config;"):
+        evaluate(replace(config, load=str(again), output=str(folder)), benchmark)
+    (run / "config.yaml").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.yaml is missing"):
+        model_fingerprint(str(again))
