@@ -46,7 +46,7 @@ def launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     """Run `main(composed config)` for the command line; every error of Cobra's or Hydra's ends in one clear line."""
     watch_parent()
     _setup_logging()
-    rerun = _take_option("--rerun") if config_name == "pretrain" else None
+    rerun = _take_option("--rerun") if config_name in ("pretrain", "evaluate") else None
     for alias, name in _ALIASES.get(config_name, {}).items():
         sys.argv[1:] = [re.sub(f"^{alias}=", f"{name}=", argument) for argument in sys.argv[1:]]
     if rerun is not None:

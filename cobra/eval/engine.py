@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from cobra.eval.benchmark import Choices, FreeText, Prediction, Question
 from cobra.eval.store import AnswerStore
+from cobra.ranks import Ranks
 
 
 class Rows(Protocol):
@@ -49,6 +50,13 @@ def select(questions: Sequence[Question], limit: int | None) -> list[Question]:
     return [questions[i] for i in sorted(order[:limit])]
 
 
+def share(questions: Sequence[Question], ranks: Ranks) -> list[Question]:
+    """Return the questions that are this rank's to ask: all those about its part of the images."""
+    images = list(dict.fromkeys(question.image for question in questions))
+    own = set(images[ranks.rank :: ranks.world_size])
+    return [question for question in questions if question.image in own]
+
+
 def ask(model: Answerer[State], questions: Sequence[Question], store: AnswerStore, batch_size: int) -> None:
     """Answer the questions that the store has no answer to yet, and write each answer when it is there."""
     waiting = [question for question in questions if question.id not in store.answers]
@@ -58,6 +66,7 @@ def ask(model: Answerer[State], questions: Sequence[Question], store: AnswerStor
         unit=" questions",
         mininterval=0.5 if sys.stderr.isatty() else 15,
         desc=store.benchmark.name,
+        disable=not store.ranks.is_first,
     ) as bar:
         for batch in group_by_image(waiting, batch_size):
             store.append(answer(model, batch).items())

@@ -46,7 +46,8 @@ def _of_run(checkpoint: Path) -> str:
     if not file.is_file():
         raise CheckpointError(f"{checkpoint} is a training checkpoint, but its run's config {file} is missing.")
     run: dict[str, Any] = read_yaml(file, "config")
-    return _of_pieces([json.dumps([run.get("model"), (run.get("train") or {}).get("lora")]).encode()])
+    training: dict[str, Any] = run.get("train") or {}
+    return _of_pieces([json.dumps([run.get("model"), training.get("lora")]).encode()])
 
 
 def _of_files(files: Sequence[Path]) -> str:

@@ -18,24 +18,33 @@ from cobra.eval.fingerprint import model_fingerprint, questions_fingerprint
 from cobra.eval.store import AnswerStore
 from cobra.models.sharded import is_sharded
 from cobra.ops import use_backend
+from cobra.ranks import Ranks, joined
 from cobra.runtime import write_text
 
 log = logging.getLogger(__name__)
+
+_TIMEOUT_MINUTES = 24 * 60.0  # ranks wait for each other only at the end; one that dies is noticed at once
 
 
 def evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
     """Evaluate as configured; the results are in `output` (default: results/<benchmark>/<model name>).
 
+    Below torchrun and its like, every rank asks its share of the images and returns the same scores.
+
     Raises:
         CobraError: the data or the model is missing or broken, or the folder holds another evaluation.
     """
-    with use_backend(config.ops):
-        return _evaluate(config, benchmark)
+    with joined(config.device, _TIMEOUT_MINUTES) as ranks, use_backend(config.ops):
+        return _evaluate(config, benchmark, ranks)
 
 
-def _evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
-    fingerprint = model_fingerprint(config.load)
+def _evaluate(config: EvaluateConfig, benchmark: Benchmark, ranks: Ranks) -> Scores:
+    if not ranks.is_first:
+        ranks.barrier()  # the first rank fetches what has to be fetched
+    fingerprint = model_fingerprint(config.load) if ranks.is_first else {}
     every_question = benchmark.questions()
+    if ranks.is_first:
+        ranks.barrier()
     questions = engine.select(every_question, config.limit)
     missing = _missing_images(questions)
     if missing and config.on_missing == "error":
@@ -50,8 +59,9 @@ def _evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
         {**fingerprint, "questions": questions_fingerprint(every_question), "dtype": config.dtype},
         benchmark,
         every_question,
+        ranks,
     )
-    if missing:
+    if missing and ranks.is_first:
         write_text(folder / "missing_images.txt", "".join(f"{image}\n" for image in missing))
         log.warning("Left out: %s\nAll are listed in %s.", _listed(benchmark, missing), folder / "missing_images.txt")
     num_waiting = sum(question.id not in store.answers for question in questions)
@@ -60,14 +70,22 @@ def _evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
     log.info("Asking %s %s questions of %s.", config.load, f"{num_waiting:,}", benchmark.name)
     started = time.perf_counter()
     try:
-        engine.ask(model, questions, store, config.batch_size)
+        engine.ask(model, engine.share(questions, ranks), store, config.batch_size)
     finally:
         store.close()
+    store.join()
     seconds = time.perf_counter() - started
 
     scores = benchmark.score(store.answers, questions)
+    if not ranks.is_first:
+        return scores
     facts: dict[str, Any] = {"benchmark": benchmark.name, "model": config.load, "dtype": config.dtype}
-    facts |= {"limit": config.limit, "asked_now": num_waiting, "seconds": round(seconds, 2)}
+    facts |= {
+        "limit": config.limit,
+        "asked_now": num_waiting,
+        "seconds": round(seconds, 2),
+        "processes": ranks.world_size,
+    }
     facts |= {"missing_images": len(missing)} if missing else {}
     report.write_results(folder, facts, scores)
     report.write_report(folder, facts, scores)

@@ -30,9 +30,7 @@ class Validation:
     def __call__(self, model: CobraVLM, tokenizer: Tokenizer, ranks: Ranks) -> dict[str, float]:
         """Return `validation/<benchmark>` in percent. Leaves the model in evaluation mode."""
         vlm = Cobra(model, tokenizer, name="in training")
-        images = list(dict.fromkeys(question.image for question in self.questions))
-        own = set(images[ranks.rank :: ranks.world_size])
-        mine = [question for question in self.questions if question.image in own]
+        mine = engine.share(self.questions, ranks)
         answers: dict[str, Prediction] = {}
         for batch in engine.group_by_image(mine, self.batch_size):
             answers |= engine.answer(vlm, batch)

@@ -172,3 +172,26 @@ def test_training_checkpoint_is_evaluated(trained_run: Path, data_root: Path, tm
     (run / "config.yaml").unlink()
     with pytest.raises(CheckpointError, match=r"config\.yaml is missing"):
         model_fingerprint(str(again))
+
+
+def test_two_processes_equal_one(trained_run: Path, data_root: Path, tmp_path: Path, script: Any) -> None:
+    """Also after a kill that left a part of each rank's answers."""
+    arguments = ["benchmark=pope", f"data_root={data_root}", f"model={trained_run}", "limit=24", "device=cpu"]
+    evaluate(config_of(trained_run, tmp_path / "one"), configured("pope", data_root))
+    alone = rows_of(tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    shutil.copy(tmp_path / "one" / "fingerprint.json", tmp_path / "two")
+    for file, rows in (("predictions", alone[:3]), ("predictions.rank1", alone[5:9])):
+        text = "".join(json.dumps(row) + "\n" for row in rows) + '{"question_id": "ran'
+        (tmp_path / "two" / f"{file}.jsonl").write_text(text)
+    result = script("evaluate", *arguments, f"output={tmp_path / 'two'}", "processes=2")
+    assert result.returncode == 0, result.stderr
+    together = rows_of(tmp_path / "two")
+    assert [row["question_id"] for row in together] == [row["question_id"] for row in alone]
+    for row, other in zip(together, alone, strict=True):
+        assert row["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    assert results[0]["rules"] == results[1]["rules"]
+    assert (results[1]["processes"], results[1]["asked_now"]) == (2, LIMIT - 7)
+    assert not list((tmp_path / "two").glob("predictions.rank*"))
+    assert result.stderr.count("Report: ") + result.stdout.count("Report: ") == 1
