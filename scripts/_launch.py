@@ -32,9 +32,12 @@ from yaml import YAMLError
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Hydra takes `model=...` for a choice in the config group of that name; in evaluate.yaml the setting is called `load`.
-_ALIASES = {"evaluate": {"model": "load"}}
+_ALIASES = {
+    "evaluate": {"model": "load", "data_root": "benchmark.data_root"},
+    "score": {"data_root": "benchmark.data_root"},
+}
 # What makes a config with mandatory choices compose when only its keys matter.
-_SOME_CHOICE = {"evaluate": ["benchmark=easyvqa"]}
+_SOME_CHOICE = {"evaluate": ["benchmark=easyvqa"], "score": ["benchmark=gqa"]}
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -43,7 +46,7 @@ def launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     """Run `main(composed config)` for the command line; every error of Cobra's or Hydra's ends in one clear line."""
     watch_parent()
     _setup_logging()
-    rerun = _take_option("--rerun") if config_name == "pretrain" else None
+    rerun = _take_option("--rerun") if config_name in ("pretrain", "evaluate") else None
     for alias, name in _ALIASES.get(config_name, {}).items():
         sys.argv[1:] = [re.sub(f"^{alias}=", f"{name}=", argument) for argument in sys.argv[1:]]
     if rerun is not None:

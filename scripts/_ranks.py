@@ -10,18 +10,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from cobra.errors import CTRL_C, STOPPED_EARLY, Interrupted, RankError
 
 if TYPE_CHECKING:
-    from cobra.config import ParallelConfig, PretrainConfig
+    from cobra.config import EvaluateConfig, ParallelConfig
 
 Process = subprocess.Popen[bytes]
 
@@ -32,7 +32,7 @@ FORWARDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") 
 WATCHES_PARENT = "COBRA_RANK_WATCHES_PARENT"
 
 
-def processes_to_start(parallel: ParallelConfig) -> int:
+def processes_to_start(parallel: ParallelConfig | EvaluateConfig) -> int:
     """Return how many ranks to start here; 1 if this process is to do the work itself, alone or as one of several."""
     from cobra.ranks import env_ranks
 
@@ -47,7 +47,7 @@ def processes_to_start(parallel: ParallelConfig) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def run_ranks(config: PretrainConfig, count: int, script: Path) -> None:
+def run_ranks(config: Mapping[str, Any], count: int, script: Path) -> None:
     """Run `script --rerun <config>` in `count` processes that know each other, until all have ended.
 
     The config is composed once, here; ranks that composed it for themselves could disagree.
@@ -56,11 +56,9 @@ def run_ranks(config: PretrainConfig, count: int, script: Path) -> None:
         RankError: a rank has failed, and the others have been stopped.
         Interrupted: the ranks were asked to stop, and did.
     """
-    from cobra.config import as_dict
-
     with tempfile.TemporaryDirectory(prefix="cobra-") as folder, socket.create_server((HOST, 0)) as server:
         frozen = Path(folder) / "config.yaml"
-        frozen.write_text(yaml.safe_dump(as_dict(config), sort_keys=False), encoding="utf-8")
+        frozen.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
         processes: list[Process] = []
         try:
             for rank in range(count):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def main(cfg: DictConfig) -> None:
-    from cobra.config import PretrainConfig, as_config
+    from cobra.config import PretrainConfig, as_config, as_dict
 
     config = as_config(PretrainConfig, cfg)  # wrong settings fail here, before torch is even imported
     check_first_stage(config)
@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> None:
         from cobra.data.sampler import check_world_size
 
         check_world_size(config.train, count)  # here it is said once
-        run_ranks(config, count, Path(__file__).resolve())
+        run_ranks(as_dict(config), count, Path(__file__).resolve())
         return
 
     from cobra.train.run import pretrain

@@ -98,9 +98,23 @@ class EvaluateConfig:
     dtype: str = "float32"
     ops: str = "auto"  # as parallel.ops
     output: str | None = None
+    processes: int | None = None  # started on this machine; null: one per GPU. Ignored below torchrun and SLURM
+    on_missing: str = "error"  # images: "error" | "skip"
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("on_missing", self.on_missing, ("error", "skip"))
         positive("batch_size", self.batch_size)
-        if self.limit is not None:
-            positive("limit", self.limit)
+        for key in ("limit", "processes"):
+            if getattr(self, key) is not None:
+                positive(key, getattr(self, key))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Everything that `scripts/score.py` needs besides the benchmark."""
+
+    paths: PathsConfig
+    predictions: str  # a file of JSON lines
+    output: str | None = None  # a folder
+    allow_partial: bool = False

@@ -3,21 +3,76 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+
+from cobra.errors import DataError
+from cobra.eval.rules.boxes import BoxXYXY
+from cobra.eval.rules.intervals import interval
+
+OFFICIAL, PAPER = "official", "paper"
+MEAN = "all"  # the name of the part that is the mean of the others
+
+# Text, or the probability of each choice.
+Prediction: TypeAlias = str | Mapping[str, float]
+
+
+def text(prediction: Prediction) -> str:
+    """Return a prediction that is known to be text."""
+    assert isinstance(prediction, str)
+    return prediction
+
+
+def most_common(answers: Iterable[str]) -> str:
+    """Return what people said, the most frequent first, for other people to read."""
+    return ", ".join(f"{answer} ({count})" for answer, count in Counter(answers).most_common(3))
+
+
+def probabilities(prediction: Prediction) -> Mapping[str, float]:
+    """Return a prediction that is known to be probabilities."""
+    assert not isinstance(prediction, str)
+    return prediction
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeText:
+    """The model writes."""
+
+    max_new_tokens: int = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """The model's first token is one of these words; the prediction is their probabilities, which sum to 1."""
+
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Box(FreeText):
+    """The model writes a box, `[x1, y1, x2, y2]` in 0..1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One question about one image. `id` is the same in every process and run."""
+    """One question about one image. `id` is the same in every process and run, and unique in its benchmark."""
 
     id: str
     image: Path
-    text: str
-    truth: str
-    type: str
+    text: str  # the message as the model is asked
+    answer: FreeText | Choices | Box = FreeText()
+    truth: Any  # what the scorer needs to know
+    part: str = ""  # what is scored by itself: a POPE split, a RefCOCO set, a TextVQA prompt order
+    types: Mapping[str, str] = field(default_factory=dict[str, str])  # breakdown -> type
+    is_counted: bool = True  # in the accuracy
+
+    @property
+    def type(self) -> str:
+        """The type in the first breakdown."""
+        return next(iter(self.types.values()), self.part)
 
 
 @dataclass(frozen=True)
@@ -34,36 +89,160 @@ class Tally:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
-    """The headline accuracy, the same per question type, and each question's score from 0 to 1."""
+class PartScores:
+    """What one rule says of one part. Everything is in percent, except for counts."""
 
+    accuracy: float
+    interval: tuple[float, float]  # 95 %, bootstrap over images
+    num_questions: int
+    details: Mapping[str, float | None]
+    by_type: Mapping[str, Mapping[str, Tally]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        breakdowns = {
+            f"by_{name.replace(' ', '_')}": {
+                kind: {"accuracy": tally.percent, "questions": tally.total} for kind, tally in tallies.items()
+            }
+            for name, tallies in self.by_type.items()
+        }
+        numbers = {"accuracy": self.accuracy, "interval_95": list(self.interval), "questions": self.num_questions}
+        return {**numbers, **self.details, **breakdowns}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Scores by rule: each part's numbers, and each question's score from 0 to 1. The first rule is the main one."""
+
+    parts: Mapping[str, Mapping[str, PartScores]]
+    per_question: Mapping[str, Mapping[str, float]]
     overall: Tally
-    by_type: dict[str, Tally]
-    per_question: dict[str, float]
+
+    @property
+    def main(self) -> Mapping[str, float]:
+        """Each question's score by the main rule."""
+        return next(iter(self.per_question.values()))
+
+    @property
+    def by_type(self) -> dict[str, Tally]:
+        """The first breakdown of the main rule; the parts, where there are several."""
+        parts = next(iter(self.parts.values()))
+        if len(parts) > 1:
+            return {
+                name: Tally(part.accuracy * part.num_questions / 100, part.num_questions)
+                for name, part in parts.items()
+                if name != MEAN
+            }
+        (part,) = parts.values()
+        return dict(next(iter(part.by_type.values()))) if part.by_type else {}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON: rule -> numbers, or rule -> part -> numbers."""
+        return {
+            rule: parts[""].as_dict() if set(parts) == {""} else {name: part.as_dict() for name, part in parts.items()}
+            for rule, parts in self.parts.items()
+        }
 
 
 class Benchmark(ABC):
     """Base class; a benchmark is a subclass in `cobra/eval/benchmarks/` and a YAML that names it."""
 
     name: str
-    max_new_tokens: int = 128
+    rules: ClassVar[tuple[str, ...]] = (OFFICIAL, PAPER)
+    mean_of_parts: ClassVar[bool] = False  # one more part, named MEAN
+    image_url: ClassVar[str] = ""  # where to get the images
 
     @abstractmethod
     def questions(self) -> list[Question]:
-        """Read the questions in their official order; DataError when a file is missing or broken."""
+        """Read the questions in their official order; DataError when annotations are missing or broken."""
 
     @abstractmethod
-    def score_answer(self, prediction: str, question: Question) -> float:
-        """Return the score of one answer, from 0 to 1."""
+    def score_answer(self, prediction: Prediction, question: Question) -> tuple[float, ...]:
+        """Return the score of one answer from 0 to 1, by each of the rules."""
 
-    def score(self, predictions: Mapping[str, str], questions: Sequence[Question]) -> Scores:
+    def details(
+        self, rule: str, questions: Sequence[Question], predictions: Mapping[str, Prediction]
+    ) -> dict[str, float | None]:
+        """Return further numbers of one part's questions; the uncounted ones are among them."""
+        return {}
+
+    def show_truth(self, question: Question) -> str:
+        """Return the right answer for people to read."""
+        return str(question.truth)
+
+    def true_box(self, question: Question) -> BoxXYXY | None:
+        """Return the box to be drawn, where the right answer is one."""
+        return None
+
+    def row_id(self, row: Mapping[str, Any]) -> str:
+        """Return the question id that a row of a predictions file belongs to."""
+        return str(row["question_id"])
+
+    def id_fields(self, question: Question) -> dict[str, Any]:
+        """Return what tells in a predictions file which question a row belongs to; `row_id` reads it."""
+        return {"question_id": question.id}
+
+    def score(self, predictions: Mapping[str, Prediction], questions: Sequence[Question]) -> Scores:
         """Score saved answers; needs no model."""
-        per_question = {q.id: self.score_answer(predictions[q.id], q) for q in questions}
-        types: dict[str, list[float]] = defaultdict(list)
+        per_question: dict[str, dict[str, float]] = {rule: {} for rule in self.rules}
         for question in questions:
-            types[question.type].append(per_question[question.id])
+            values = self.score_answer(predictions[question.id], question)
+            for rule, value in zip(self.rules, values, strict=True):
+                per_question[rule][question.id] = value
+        counted = [question for question in questions if question.is_counted]
+        if not counted:
+            raise DataError(f"{self.name}: none of the {len(questions)} questions counts in the accuracy.")
+        parts: dict[str, list[Question]] = defaultdict(list)
+        for question in questions:
+            parts[question.part].append(question)
+        if self.mean_of_parts:
+            parts[MEAN] = list(questions)
+        main = per_question[self.rules[0]]
         return Scores(
-            overall=Tally(sum(per_question.values()), len(per_question)),
-            by_type={name: Tally(sum(scores), len(scores)) for name, scores in sorted(types.items())},
+            parts={
+                rule: {
+                    part: self._score_part(rule, asked, predictions, per_question[rule])
+                    for part, asked in parts.items()
+                }
+                for rule in self.rules
+            },
             per_question=per_question,
+            overall=_tally(main[question.id] for question in counted),
         )
+
+    def _score_part(
+        self,
+        rule: str,
+        questions: Sequence[Question],
+        predictions: Mapping[str, Prediction],
+        scores: Mapping[str, float],
+    ) -> PartScores:
+        counted = [question for question in questions if question.is_counted]
+        values = [scores[question.id] for question in counted]
+        parts = _by_type((question.part, scores[question.id]) for question in counted)
+        kinds: dict[str, dict[str, Tally]] = {}
+        for name in dict.fromkeys(name for question in counted for name in question.types):
+            kinds[name] = _by_type((q.types[name], scores[q.id]) for q in counted if name in q.types)
+        return PartScores(
+            accuracy=sum(tally.percent for tally in parts.values()) / len(parts),
+            interval=interval(values, [q.image for q in counted], [q.part for q in counted]),
+            num_questions=len(counted),
+            details=self.details(rule, questions, predictions),
+            by_type=kinds,
+        )
+
+
+def _by_type(rows: Iterable[tuple[str, float]]) -> dict[str, Tally]:
+    values: dict[str, list[float]] = defaultdict(list)
+    for kind, score in rows:
+        values[kind].append(score)
+    return {kind: _tally(values[kind]) for kind in sorted(values, key=_numbers_in_order)}
+
+
+def _numbers_in_order(kind: str) -> tuple[int, str]:
+    return (int(kind) if kind.isdecimal() else 0, kind)
+
+
+def _tally(scores: Iterable[float]) -> Tally:
+    values = list(scores)
+    return Tally(sum(values), len(values))

@@ -10,8 +10,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from cobra.eval.benchmark import Benchmark, Question
+from cobra.eval.benchmark import Choices, FreeText, Prediction, Question
 from cobra.eval.store import AnswerStore
+from cobra.ranks import Ranks
 
 
 class Rows(Protocol):
@@ -36,6 +37,10 @@ class Answerer(Protocol[State]):
         """Answer one prompt per image state, greedily."""
         ...
 
+    def score(self, image: State, prompt: list[str], choices: Sequence[str]) -> list[list[float]]:
+        """Return each choice's probability as the answer's first token, per image state; a row sums to 1."""
+        ...
+
 
 def select(questions: Sequence[Question], limit: int | None) -> list[Question]:
     """Return the first `limit` questions of one fixed shuffled order, so that small sets nest in large ones."""
@@ -45,9 +50,14 @@ def select(questions: Sequence[Question], limit: int | None) -> list[Question]:
     return [questions[i] for i in sorted(order[:limit])]
 
 
-def ask(
-    model: Answerer[State], benchmark: Benchmark, questions: Sequence[Question], store: AnswerStore, batch_size: int
-) -> None:
+def share(questions: Sequence[Question], ranks: Ranks) -> list[Question]:
+    """Return the questions that are this rank's to ask: all those about its part of the images."""
+    images = list(dict.fromkeys(question.image for question in questions))
+    own = set(images[ranks.rank :: ranks.world_size])
+    return [question for question in questions if question.image in own]
+
+
+def ask(model: Answerer[State], questions: Sequence[Question], store: AnswerStore, batch_size: int) -> None:
     """Answer the questions that the store has no answer to yet, and write each answer when it is there."""
     waiting = [question for question in questions if question.id not in store.answers]
     with tqdm(
@@ -55,21 +65,32 @@ def ask(
         initial=len(questions) - len(waiting),
         unit=" questions",
         mininterval=0.5 if sys.stderr.isatty() else 15,
-        desc=benchmark.name,
+        desc=store.benchmark.name,
+        disable=not store.ranks.is_first,
     ) as bar:
         for batch in group_by_image(waiting, batch_size):
-            store.append(answer(model, benchmark, batch).items())
+            store.append(answer(model, batch).items())
             bar.update(len(batch))
 
 
-def answer(model: Answerer[State], benchmark: Benchmark, batch: Sequence[Question]) -> dict[str, str]:
+def answer(model: Answerer[State], batch: Sequence[Question]) -> dict[str, Prediction]:
     """Return the model's answers by question id; each image of the batch is read once."""
     images = list(dict.fromkeys(question.image for question in batch))
     number = {image: i for i, image in enumerate(images)}
     states = model.encode_image(images)
-    rows = states[[number[question.image] for question in batch]]
-    answers = model.generate(rows, [question.text for question in batch], max_new_tokens=benchmark.max_new_tokens)
-    return dict(zip((question.id for question in batch), answers, strict=True))
+    alike: dict[FreeText | Choices, list[Question]] = {}
+    for question in batch:
+        alike.setdefault(question.answer, []).append(question)
+    answers: dict[str, Prediction] = {}
+    for kind, questions in alike.items():
+        rows, texts = states[[number[q.image] for q in questions]], [q.text for q in questions]
+        found: Sequence[Prediction]
+        if isinstance(kind, Choices):
+            found = [dict(zip(kind.words, row, strict=True)) for row in model.score(rows, texts, kind.words)]
+        else:
+            found = model.generate(rows, texts, max_new_tokens=kind.max_new_tokens)
+        answers |= zip((question.id for question in questions), found, strict=True)
+    return answers
 
 
 def group_by_image(questions: Sequence[Question], batch_size: int) -> Iterator[list[Question]]:

@@ -18,17 +18,20 @@ def write_results(folder: Path, facts: dict[str, Any], scores: Scores) -> None:
         "by_type": {
             name: {"accuracy": tally.percent, "num_questions": tally.total} for name, tally in scores.by_type.items()
         },
+        "rules": scores.as_dict(),
     }
     write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
 
 
 def write_report(folder: Path, facts: dict[str, Any], scores: Scores) -> None:
-    """Write report.md: the numbers as a table, with the pictures."""
+    """Write report.md: the numbers as tables, with the pictures."""
     rows = [f"| {name} | {tally.percent:.2f} | {tally.total:,} |" for name, tally in scores.by_type.items()]
     lines = [
         f"# {facts['benchmark']}: {facts['model']}",
         "",
-        f"**{scores.overall.percent:.2f} %** of {scores.overall.total:,} questions, exact match.",
+        f"**{scores.overall.percent:.2f} %** of {scores.overall.total:,} questions.",
+        "",
+        *_rules(scores),
         "",
         "| question type | accuracy (%) | questions |",
         "|---|---:|---:|",
@@ -42,3 +45,16 @@ def write_report(folder: Path, facts: dict[str, Any], scores: Scores) -> None:
         "![example images](examples.png)",
     ]
     write_text(folder / "report.md", "\n".join(lines) + "\n")
+
+
+def _rules(scores: Scores) -> list[str]:
+    """One row for each rule and part."""
+    rows = ["| rule | part | accuracy (%) | 95 % interval | questions | |", "|---|---|---:|---:|---:|---|"]
+    for rule, parts in scores.parts.items():
+        for name, part in parts.items():
+            low, high = part.interval
+            more = ", ".join(f"{key} {round(value, 2):g}" for key, value in part.details.items() if value is not None)
+            rows.append(
+                f"| {rule} | {name} | {part.accuracy:.2f} | {low:.2f} to {high:.2f} | {part.num_questions:,} | {more} |"
+            )
+    return rows

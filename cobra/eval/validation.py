@@ -6,7 +6,7 @@ from cobra.api import Cobra
 from cobra.config import ValidationConfig
 from cobra.errors import DataError
 from cobra.eval import engine
-from cobra.eval.benchmark import Benchmark
+from cobra.eval.benchmark import Benchmark, Prediction
 from cobra.models.vlm import CobraVLM
 from cobra.ranks import Ranks
 from cobra.text.tokenizer import Tokenizer
@@ -30,13 +30,11 @@ class Validation:
     def __call__(self, model: CobraVLM, tokenizer: Tokenizer, ranks: Ranks) -> dict[str, float]:
         """Return `validation/<benchmark>` in percent. Leaves the model in evaluation mode."""
         vlm = Cobra(model, tokenizer, name="in training")
-        images = list(dict.fromkeys(question.image for question in self.questions))
-        own = set(images[ranks.rank :: ranks.world_size])
-        mine = [question for question in self.questions if question.image in own]
-        answers: dict[str, str] = {}
+        mine = engine.share(self.questions, ranks)
+        answers: dict[str, Prediction] = {}
         for batch in engine.group_by_image(mine, self.batch_size):
-            answers |= engine.answer(vlm, self.benchmark, batch)
-        together: dict[str, str] = {}
+            answers |= engine.answer(vlm, batch)
+        together: dict[str, Prediction] = {}
         for part in ranks.gather(answers):
             together |= part
         return {f"validation/{self.benchmark.name}": self.benchmark.score(together, self.questions).overall.percent}

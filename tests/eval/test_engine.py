@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from PIL import Image
@@ -15,7 +16,7 @@ from cobra.config import EvaluateConfig, PathsConfig
 from cobra.data.conversations import read_rows
 from cobra.errors import CobraError, DataError
 from cobra.eval import engine
-from cobra.eval.benchmark import Benchmark, Question
+from cobra.eval.benchmark import OFFICIAL, Benchmark, FreeText, Prediction, Question
 from cobra.eval.benchmarks.easyvqa import question_type
 from cobra.eval.gallery import choose_examples
 from cobra.eval.run import evaluate
@@ -26,23 +27,28 @@ from cobra.eval.store import AnswerStore
 class Small(Benchmark):
     """The small data's questions about images, in an order in which no two neighbours share one."""
 
+    rules: ClassVar[tuple[str, ...]] = (OFFICIAL,)
     annotations: Path
     images: Path
     name: str = "small"
-    max_new_tokens: int = 6
 
     def questions(self) -> list[Question]:
         rows = [row for row in read_rows(self.annotations) if row.image]
         return [
             Question(
-                id=row.id, image=self.images / str(row.image), text=row.turns[0][0], truth=row.turns[0][1], type=kind
+                id=row.id,
+                image=self.images / str(row.image),
+                text=row.turns[0][0],
+                answer=FreeText(max_new_tokens=6),
+                truth=row.turns[0][1],
+                types={"kind": kind},
             )
             for kind, start in (("shape", 0), ("color", 1), ("closed", 2))
             for row in rows[start::3]
         ]
 
-    def score_answer(self, prediction: str, question: Question) -> float:
-        return float(prediction == question.truth)
+    def score_answer(self, prediction: Prediction, question: Question) -> tuple[float]:
+        return (float(prediction == question.truth),)
 
 
 @pytest.fixture
@@ -121,46 +127,49 @@ class Rows:
 
 
 def test_each_image_is_read_once(benchmark: Small, tmp_path: Path) -> None:
-    model, store = Counting(), AnswerStore(tmp_path, {})
+    model, store = Counting(), AnswerStore(tmp_path, {}, benchmark, benchmark.questions())
     questions = benchmark.questions()
-    engine.ask(model, benchmark, questions, store, batch_size=12)
+    engine.ask(model, questions, store, batch_size=12)
     assert len(model.read) == len(set(model.read)) == 24  # three questions each: batches of 12 cut no image
     assert store.answers == {q.id: f"{q.image.stem}: {q.text}" for q in questions}
 
 
 def test_stopped_evaluation_asks_only_the_rest(benchmark: Small, tmp_path: Path) -> None:
     questions, first, second = benchmark.questions(), Counting(breaks_after=3), Counting()
-    store = AnswerStore(tmp_path, {"model": "a"})
+    store = AnswerStore(tmp_path, {"model": "a"}, benchmark, questions)
     with pytest.raises(KeyboardInterrupt):
-        engine.ask(first, benchmark, questions, store, batch_size=10)  # three images of three questions each
+        engine.ask(first, questions, store, batch_size=10)  # three images of three questions each
     store.close()
     assert len(lines(tmp_path / "predictions.jsonl")) == 27
     with (tmp_path / "predictions.jsonl").open("a") as file:
         file.write('{"question_id": "99/0", "predic')  # a kill in the middle of a line
-    store = AnswerStore(tmp_path, {"model": "a"})
-    engine.ask(second, benchmark, questions, store, batch_size=10)
+    store = AnswerStore(tmp_path, {"model": "a"}, benchmark, questions)
+    engine.ask(second, questions, store, batch_size=10)
     store.close()
     assert len(first.asked) == 27 and len(second.asked) == 45
     assert lines(tmp_path / "predictions.jsonl") == {q.id: f"{q.image.stem}: {q.text}" for q in questions}
 
 
-def test_store_keeps_any_text(tmp_path: Path) -> None:
-    answers = {"a": 'quote " and \n line', "b": "\u2028 é \x85", "c": ""}
-    store = AnswerStore(tmp_path, {})
+def test_store_keeps_any_text(benchmark: Small, tmp_path: Path) -> None:
+    questions = benchmark.questions()
+    texts = ['quote " and \n line', "\u2028 é \x85", "", "\ud83d"]
+    answers = {question.id: text for question, text in zip(questions, texts, strict=False)}
+    store = AnswerStore(tmp_path, {}, benchmark, questions)
     store.append(answers.items())
     store.close()
-    store = AnswerStore(tmp_path, {})
+    store = AnswerStore(tmp_path, {}, benchmark, questions)
     assert store.answers == answers
     store.close()
 
 
-def test_answers_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
-    store = AnswerStore(tmp_path, {"model": "a", "questions": "x", "dtype": "float32"})
-    store.append([("1", "yes")])
+def test_answers_of_another_model_are_refused_by_name(benchmark: Small, tmp_path: Path) -> None:
+    questions = benchmark.questions()
+    store = AnswerStore(tmp_path, {"model": "a", "questions": "x", "dtype": "float32"}, benchmark, questions)
+    store.append([(questions[0].id, "yes")])
     store.close()
     with pytest.raises(DataError, match="another dtype, model;"):
-        AnswerStore(tmp_path, {"model": "b", "questions": "x", "dtype": "bfloat16"})
-    assert lines(tmp_path / "predictions.jsonl") == {"1": "yes"}
+        AnswerStore(tmp_path, {"model": "b", "questions": "x", "dtype": "bfloat16"}, benchmark, questions)
+    assert lines(tmp_path / "predictions.jsonl") == {questions[0].id: "yes"}
 
 
 def test_second_evaluation_asks_nothing(benchmark: Small, config: EvaluateConfig, tmp_path: Path) -> None:
@@ -172,7 +181,9 @@ def test_second_evaluation_asks_nothing(benchmark: Small, config: EvaluateConfig
 
 def test_missing_image_is_named(benchmark: Small, config: EvaluateConfig) -> None:
     benchmark.images = Path("absent")
-    with pytest.raises(CobraError, match=r"images of small are missing, for example absent/\d+\.png"):
+    with pytest.raises(
+        CobraError, match=r"small lacks 24 images, about which there are 72 questions:\n  absent/\d+\.png"
+    ):
         evaluate(config, benchmark)
 
 
@@ -204,5 +215,5 @@ def test_examples_show_wrong_answers_first(benchmark: Small) -> None:
     questions = benchmark.questions()
     scores = benchmark.score({q.id: q.truth if i % 10 else "wrong" for i, q in enumerate(questions)}, questions)
     chosen = choose_examples(questions, scores, num_wrong=4, num_all=12)
-    assert [scores.per_question[q.id] for q in chosen] == [0.0] * 4 + [1.0] * 8
+    assert [scores.main[q.id] for q in chosen] == [0.0] * 4 + [1.0] * 8
     assert len({q.id for q in chosen}) == 12 and len({q.type for q in chosen[4:]}) == 3

@@ -17,12 +17,12 @@ from omegaconf import DictConfig
 
 
 def main(cfg: DictConfig) -> None:
-    from cobra.config import PretrainConfig, as_config
+    from cobra.config import PretrainConfig, as_config, as_dict
 
     config = as_config(PretrainConfig, cfg)
     count = processes_to_start(config.parallel)
     if count > 1:
-        run_ranks(config, count, Path(__file__).resolve())
+        run_ranks(as_dict(config), count, Path(__file__).resolve())
         return
     from cobra.ranks import joined
 

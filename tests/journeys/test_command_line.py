@@ -60,7 +60,7 @@ def test_every_benchmark_can_be_made(benchmark: str) -> None:
 
 def test_every_config_file_is_tried_above() -> None:
     tried = {override.lstrip("+").replace("=", "/") for override in PRETRAIN}
-    tried |= {f"benchmark/{name}" for name in choices("benchmark")} | {"pretrain", "evaluate"}
+    tried |= {f"benchmark/{name}" for name in choices("benchmark")} | {"pretrain", "evaluate", "score"}
     files = {path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml")}
     assert {name for name in files if not name.startswith("cli/")} == tried
 
@@ -123,6 +123,9 @@ def the_error(result: subprocess.CompletedProcess[str]) -> str:
         ("evaluate", ["benchmark=easyvqa", "model=absent"], ["absent"]),
         ("evaluate", ["benchmark=easyvqa", "model=x", "limt=3"], ["'limt'", "'limit'"]),
         ("evaluate", ["benchmark=easyvqa", "model=x", "dtype=half"], ["dtype='half'"]),
+        ("score", ["benchmark=gqqa", "predictions=x"], ["'gqqa'", "'gqa'"]),
+        ("score", ["benchmark=gqa"], ["predictions is not set"]),
+        ("score", ["benchmark=gqa", "predictions=absent"], ["predictions=absent"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )

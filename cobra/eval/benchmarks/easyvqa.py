@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from cobra.data import easyvqa
 from cobra.data.conversations import read_rows
-from cobra.eval.benchmark import Benchmark, Question
+from cobra.eval.benchmark import OFFICIAL, Benchmark, FreeText, Prediction, Question, text
 
 _SHAPE = re.compile(r"\b(circle|rectangle|triangle)\b")
 
@@ -17,6 +18,7 @@ _SHAPE = re.compile(r"\b(circle|rectangle|triangle)\b")
 class EasyVQA(Benchmark):
     """Exact match, capitals and outer spaces aside."""
 
+    rules: ClassVar[tuple[str, ...]] = (OFFICIAL,)
     folder: str
     name: str = "easyvqa"
     max_new_tokens: int = 8
@@ -31,14 +33,15 @@ class EasyVQA(Benchmark):
                 image=folder / "images" / str(row.image),
                 text=row.turns[0][0],
                 truth=row.turns[0][1],
-                type=question_type(row.turns[0][0]),
+                answer=FreeText(max_new_tokens=self.max_new_tokens),
+                types={"type": question_type(row.turns[0][0])},
             )
             for row in read_rows(folder / "test.json")
         ]
 
-    def score_answer(self, prediction: str, question: Question) -> float:
+    def score_answer(self, prediction: Prediction, question: Question) -> tuple[float]:
         """1 for the same answer, 0 for any other."""
-        return float(prediction.strip().lower() == question.truth.lower())
+        return (float(text(prediction).strip().lower() == question.truth.lower()),)
 
 
 def question_type(text: str) -> str:

@@ -1,0 +1,99 @@
+"""TextVQA, validation 0.5.1: 5,000 questions about 3,166 images, asked with and without read text (textvqa.org)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from cobra.config import one_of
+from cobra.errors import DataError
+from cobra.eval.benchmark import Benchmark, FreeText, Prediction, Question, most_common, text
+from cobra.eval.files import Source, check_unique, expecting, locate, read_json, read_json_lines
+from cobra.eval.rules import vqa
+
+FOLDER = "text-vqa"
+ANNOTATIONS = Source(("TextVQA_0.5.1_val.json",), "https://dl.fbaipublicfiles.com/textvqa/data/TextVQA_0.5.1_val.json")
+OCR = Source(
+    ("textvqa_val_v051_ocr.jsonl", "llava_textvqa_val_v051_ocr.jsonl"),
+    "https://gist.github.com/siddk/74a709cb5e292099bae3cbcec1d0ce8a (LLaVA's file, eval.zip, will do)",
+)
+IMAGES = Source(
+    ("train_val_images", "train_images"), "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip"
+)
+OCR_LABEL = "\nReference OCR token:"
+ORDERS = ("ocr_first", "ocr_last", "no_ocr")
+NUM_ANSWERS = 10
+
+
+@dataclass
+class TextVQA(Benchmark):
+    """Accuracy against ten human answers, for each prompt order. Official: M4C's evaluator, facebookresearch/mmf."""
+
+    image_url: ClassVar[str] = IMAGES.url
+    data_root: str
+    prompts: Mapping[str, str]  # order -> wording
+    orders: list[str] = field(default_factory=lambda: list(ORDERS))
+    name: str = "textvqa"
+    max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        for order in self.orders:
+            one_of("benchmark.orders", order, ORDERS)
+
+    def questions(self) -> list[Question]:
+        """Read the annotations and, in the same order, the text that an OCR system found."""
+        (path, ocr_path), images = locate(self.data_root, FOLDER, [ANNOTATIONS, OCR], IMAGES)
+        answer = FreeText(max_new_tokens=self.max_new_tokens)
+        with expecting(path, "TextVQA's validation file"):
+            rows: list[Any] = read_json(path)["data"]
+            truths = {str(row["question_id"]): _truth(row) for row in rows}
+        check_unique(path, [str(row["question_id"]) for row in rows])
+        with expecting(ocr_path, "the OCR file of TextVQA's validation set"):
+            texts = [(row["question_id"], *_split(row["text"])) for row in read_json_lines(ocr_path)]
+        if [row["image_id"] for row in rows] != [image for image, _, _ in texts]:
+            raise DataError(
+                f"{ocr_path} is not in the order of {path}; is it of another version? Get it from {OCR.url}."
+            )
+        return [
+            Question(
+                id=f"{row['question_id']}/{order}",
+                image=images / f"{row['image_id']}.jpg",
+                text=self.prompts[order].replace("{ocr}", tokens).replace("{question}", question),
+                answer=answer,
+                truth=truths[str(row["question_id"])],
+                part=order,
+            )
+            for order in self.orders
+            for row, (_, question, tokens) in zip(rows, texts, strict=True)
+        ]
+
+    def row_id(self, row: Mapping[str, Any]) -> str:
+        """A question is asked once in each order, which `prompt` names."""
+        return f"{row['question_id']}/{row['prompt']}"
+
+    def id_fields(self, question: Question) -> dict[str, Any]:
+        """Ids are numbers."""
+        return {"question_id": int(question.id.partition("/")[0]), "prompt": question.part}
+
+    def show_truth(self, question: Question) -> str:
+        """The most frequent of the ten answers."""
+        return most_common(question.truth)
+
+    def score_answer(self, prediction: Prediction, question: Question) -> tuple[float, float]:
+        """Both rules are the same."""
+        score = vqa.textvqa(text(prediction), question.truth)
+        return score, score
+
+
+def _truth(row: dict[str, Any]) -> tuple[str, ...]:
+    answers: list[Any] = row["answers"]
+    if len(answers) != NUM_ANSWERS or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"question {row['question_id']} has not {NUM_ANSWERS} texts for answers")
+    return tuple(answers)
+
+
+def _split(text: str) -> tuple[str, str]:
+    """Return question and OCR tokens. LLaVA's file has the answer instruction behind them, which is not ours."""
+    question, _, rest = text.partition(OCR_LABEL)
+    return question, rest.partition("\n")[0].strip()

@@ -1,0 +1,138 @@
+"""A predictions file and the questions it answers: every row read and checked, every id accounted for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from cobra.errors import DataError
+from cobra.eval.benchmark import Benchmark, Choices, Prediction, Question
+
+
+@dataclass
+class Predictions:
+    """Answers by question id, and what was wrong with the file."""
+
+    answers: dict[str, Prediction] = field(default_factory=dict[str, Prediction])
+    missing: list[str] = field(default_factory=list[str])
+    doubled: list[str] = field(default_factory=list[str])
+    unknown: list[str] = field(default_factory=list[str])
+    broken: list[str] = field(default_factory=list[str])  # lines that are no JSON
+
+    def problems(self) -> list[str]:
+        """Say what was wrong, one line for each kind."""
+        kinds = {"missing": self.missing, "doubled": self.doubled, "unknown": self.unknown}
+        found = [
+            f"{len(ids):,} {kind} id{'s' * (len(ids) > 1)}: {', '.join(ids[:5])}{', ...' * (len(ids) > 5)}"
+            for kind, ids in kinds.items()
+            if ids
+        ]
+        return found + self.broken[:5] + [f"... and {len(self.broken) - 5} more lines"] * (len(self.broken) > 5)
+
+
+def read_predictions(
+    path: Path, benchmark: Benchmark, questions: Sequence[Question], *, allow_partial: bool = False
+) -> Predictions:
+    """Read JSON lines `{"question_id", "prediction"}` or `{"question_id", "probabilities"}`.
+
+    Args:
+        path: the file.
+        benchmark: knows how ids are written.
+        questions: what should be answered.
+        allow_partial: report missing, doubled and unknown ids and broken lines instead of refusing them; of doubled
+            ids the first row counts.
+
+    Raises:
+        DataError: the file cannot be read, a row has another form, or ids are missing, doubled or unknown.
+    """
+    asked = {question.id: question for question in questions}
+    result = read_rows(path, benchmark, asked)
+    result.missing = [one for one in asked if one not in result.answers]
+    if not result.answers:
+        raise DataError(
+            f"{path} answers none of the {len(asked):,} questions of {benchmark.name}; is it the file of another "
+            f"benchmark? Its ids look like {', '.join(result.unknown[:3]) or '(none)'}, those of {benchmark.name} like "
+            f"{', '.join(list(asked)[:3])}."
+        )
+    if result.problems() and not allow_partial:
+        raise DataError(
+            "\n  ".join([f"{path} does not fit {benchmark.name} (allow_partial=true scores what does):"])
+            + "".join(f"\n  {problem}" for problem in result.problems())
+        )
+    return result
+
+
+def read_rows(path: Path, benchmark: Benchmark, asked: Mapping[str, Question]) -> Predictions:
+    """Read the answers to the questions of `asked`, which has them by id, and what else the file holds.
+
+    Raises:
+        DataError: the file cannot be read, or a row has another form.
+    """
+    result = Predictions()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"predictions={path} cannot be read: {error.strerror}.") from None
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row: Any = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            result.broken.append(f"{where}, is not JSON: {error}")
+            continue
+        _add(row, where, benchmark, asked, result)
+    return result
+
+
+def write_row(benchmark: Benchmark, question: Question, prediction: Prediction) -> str:
+    """Return the line of a predictions file that `read_rows` reads."""
+    key = "prediction" if isinstance(prediction, str) else "probabilities"
+    return json.dumps(benchmark.id_fields(question) | {key: prediction}) + "\n"
+
+
+def _add(row: Any, where: str, benchmark: Benchmark, asked: Mapping[str, Question], result: Predictions) -> None:
+    try:
+        one = benchmark.row_id(row)
+    except (KeyError, TypeError) as error:
+        missing = error if isinstance(error, KeyError) else "'question_id'"
+        raise DataError(f"{where}, has no {missing}; a row is {_form(next(iter(asked.values())), benchmark)}") from None
+    if one not in asked:
+        result.unknown.append(one)
+    elif one in result.answers:
+        result.doubled.append(one)
+    else:
+        result.answers[one] = _prediction(row, where, asked[one], benchmark)
+
+
+def _prediction(row: dict[str, Any], where: str, question: Question, benchmark: Benchmark) -> Prediction:
+    if not isinstance(question.answer, Choices):
+        text = row.get("prediction")
+        if not isinstance(text, str):
+            raise DataError(f"{where}, has no text in 'prediction'; a row is {_form(question, benchmark)}")
+        return text
+    found = row.get("probabilities")
+    if not isinstance(found, dict) or set(cast("dict[str, Any]", found)) != set(question.answer.words):
+        raise DataError(f"{where}, has no such 'probabilities'; a row is {_form(question, benchmark)}")
+    values = cast("dict[str, Any]", found)
+    if not all(_is_probability(value) for value in values.values()) or not sum(values.values()):
+        raise DataError(
+            f"{where}, has the probabilities {values}; they must be finite, not negative and not all 0. NaN comes from "
+            "a model that overflows: try dtype=float32."
+        )
+    return {word: float(values[word]) for word in question.answer.words}
+
+
+def _is_probability(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def _form(question: Question, benchmark: Benchmark) -> str:
+    """Show how a row should look."""
+    answer = dict.fromkeys(question.answer.words, 0.5) if isinstance(question.answer, Choices) else "..."
+    return write_row(benchmark, question, answer).strip()

@@ -1,0 +1,1 @@
+"""Scoring rules: pure functions of answers, without files and without torch."""
