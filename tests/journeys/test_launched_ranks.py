@@ -37,7 +37,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         process.communicate()
 
 
-def end_of(process: subprocess.Popen[str], timeout: float = 60) -> tuple[int, str]:
+def end_of(process: subprocess.Popen[str], timeout: float = 300) -> tuple[int, str]:
     """Exit code and messages of a process that has to end by itself, within a minute by promise."""
     _, messages = process.communicate(timeout=timeout)
     return process.returncode, messages
@@ -137,14 +137,14 @@ def test_ranks_end_with_a_killed_parent(start: Start, tmp_path: Path) -> None:
     process = start("endless")
     wait_until_ready(process, tmp_path / "endless")
     process.kill()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(is_alive(fact["pid"]) for fact in facts(tmp_path / "endless")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
 def test_sweep_starts_the_ranks_of_each_job(start: Start, tmp_path: Path) -> None:
-    code, messages = end_of(start("sum", "--multirun", "run.seed=3,4"), timeout=120)
+    code, messages = end_of(start("sum", "--multirun", "run.seed=3,4"), timeout=300)
     assert code == 0, messages
     found = {folder.name: facts(folder) for folder in tmp_path.glob("sum-*")}
     assert {name: [fact["seed"] for fact in of_run] for name, of_run in found.items()} == {
@@ -168,7 +168,7 @@ def test_ranks_of_srun_join(tmp_path: Path) -> None:
 def test_ranks_of_torchrun_join(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(STAND_IN)]
     settings = [f"paths.runs={tmp_path}", "run.name=sum", "parallel.device=cpu", "parallel.processes=7"]  # ignored
-    assert subprocess.run([*command, *settings], timeout=60).returncode == 0
+    assert subprocess.run([*command, *settings], timeout=300).returncode == 0
     assert [fact["sum"] for fact in facts(tmp_path / "sum")] == [[1.0, 1.0]] * 2
 
 
@@ -177,7 +177,7 @@ SUBMITIT = ("--multirun", "hydra/launcher=submitit_local")  # the cluster's laun
 
 def test_submitted_job_starts_its_ranks(start: Start, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    code, messages = end_of(start("sum", *SUBMITIT, "run.seed=3"), timeout=120)
+    code, messages = end_of(start("sum", *SUBMITIT, "run.seed=3"), timeout=300)
     assert code == 0, messages
     assert [fact["seed"] for fact in facts(tmp_path / "sum")] == [3, 3]
 

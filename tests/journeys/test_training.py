@@ -74,7 +74,7 @@ def journey(
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    _, messages = process.communicate(timeout=60)
+    _, messages = process.communicate(timeout=300)
     checkpoint = (folder / "runs" / "two" / "checkpoints" / "latest").read_text().strip()
     result = subprocess.run(two, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -141,7 +141,7 @@ def test_two_stages_run_one_after_the_other(
 def test_swept_experiments_of_one_run_name_get_two_folders(tmp_path: Path) -> None:
     settings = ["run.name=sum", "run.seed=0,1", f"paths.runs={tmp_path}", "parallel.device=cpu"]
     command = [sys.executable, str(STAND_IN), "--multirun", "+experiment=tiny,tiny-lora", *settings]
-    subprocess.run(command, check=True, timeout=60)
+    subprocess.run(command, check=True, timeout=300)
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
         f"sum-experiment-{name}_run.seed-{seed}" for name in ("tiny", "tiny-lora") for seed in (0, 1)
     }

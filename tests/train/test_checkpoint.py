@@ -106,7 +106,7 @@ class TestFailedWrite:
             cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr
         assert "The checkpoint of step 2 could not be written" in done.stdout and "Is the disk of" in done.stdout
