@@ -92,6 +92,7 @@ class TestRequest:
     def test_second_signal_counts_after_two_seconds_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = [100.0]
         monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+        inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         before, request = signal.getsignal(signal.SIGINT), StopRequest(None)
         with stop_signals(request):
             signal.raise_signal(signal.SIGINT)
@@ -102,6 +103,7 @@ class TestRequest:
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is before
+        signal.signal(signal.SIGINT, inherited)
 
     def test_other_threads_leave_signals_alone(self) -> None:
         problems: list[BaseException] = []
