@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cobra.errors import CheckpointError
 
-_COLUMNS = ("VQA-v2", "GQA", "VizWiz", "TextVQA", "VSR", "POPE", "RefCOCO", "RefCOCO+", "RefCOCOg")
+COLUMNS = ("VQA-v2", "GQA", "VizWiz", "TextVQA", "VSR", "POPE", "RefCOCO", "RefCOCO+", "RefCOCOg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,13 +15,13 @@ class Release:
 
     about: str
     size: str
-    scores: tuple[float, ...]  # percent, in the order of `_COLUMNS`
+    scores: tuple[float, ...]  # percent, in the order of `COLUMNS`
     hub: str | None = None  # repository and folder on the Hugging Face Hub; None: not published
 
     @property
     def line(self) -> str:
         """One line for people."""
-        scores = ", ".join(f"{name} {score}" for name, score in zip(_COLUMNS, self.scores, strict=True))
+        scores = ", ".join(f"{name} {score}" for name, score in zip(COLUMNS, self.scores, strict=True))
         home = f"weights: {self.hub}" if self.hub else "no public weights, train it with the experiment of this name"
         return f"{self.size}: {self.about}; {scores}; {home}"
 

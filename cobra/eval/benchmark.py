@@ -111,12 +111,22 @@ class PartScores:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Headline:
+    """A benchmark's one number by one rule: the mean accuracy of its columns."""
+
+    percent: float
+    interval: tuple[float, float]
+    total: int  # questions
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scores:
     """Scores by rule: each part's numbers, and each question's score from 0 to 1. The first rule is the main one."""
 
     parts: Mapping[str, Mapping[str, PartScores]]
     per_question: Mapping[str, Mapping[str, float]]
-    overall: Tally
+    columns: Mapping[str, str]  # column of a table of models -> part
+    headlines: Mapping[str, Headline]
 
     @property
     def main(self) -> Mapping[str, float]:
@@ -124,17 +134,9 @@ class Scores:
         return next(iter(self.per_question.values()))
 
     @property
-    def by_type(self) -> dict[str, Tally]:
-        """The first breakdown of the main rule; the parts, where there are several."""
-        parts = next(iter(self.parts.values()))
-        if len(parts) > 1:
-            return {
-                name: Tally(part.accuracy * part.num_questions / 100, part.num_questions)
-                for name, part in parts.items()
-                if name != MEAN
-            }
-        (part,) = parts.values()
-        return dict(next(iter(part.by_type.values()))) if part.by_type else {}
+    def overall(self) -> Headline:
+        """The headline by the main rule."""
+        return next(iter(self.headlines.values()))
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON: rule -> numbers, or rule -> part -> numbers."""
@@ -150,6 +152,7 @@ class Benchmark(ABC):
     name: str
     rules: ClassVar[tuple[str, ...]] = (OFFICIAL, PAPER)
     mean_of_parts: ClassVar[bool] = False  # one more part, named MEAN
+    columns: ClassVar[Mapping[str, str]] = {}  # column of the paper's table -> the part that stands in it
     image_url: ClassVar[str] = ""  # where to get the images
 
     @abstractmethod
@@ -197,18 +200,25 @@ class Benchmark(ABC):
             parts[question.part].append(question)
         if self.mean_of_parts:
             parts[MEAN] = list(questions)
-        main = per_question[self.rules[0]]
+        scored = {
+            rule: {
+                part: self._score_part(rule, asked, predictions, per_question[rule]) for part, asked in parts.items()
+            }
+            for rule in self.rules
+        }
+        columns = self.columns_of(parts)
         return Scores(
-            parts={
-                rule: {
-                    part: self._score_part(rule, asked, predictions, per_question[rule])
-                    for part, asked in parts.items()
-                }
-                for rule in self.rules
-            },
+            parts=scored,
             per_question=per_question,
-            overall=_tally(main[question.id] for question in counted),
+            columns=columns,
+            headlines={rule: _headline(scored[rule], columns, counted, per_question[rule]) for rule in self.rules},
         )
+
+    def columns_of(self, parts: Iterable[str]) -> dict[str, str]:
+        """Return the columns that some parts fill in a table of models; parts that no column is for have their own."""
+        there = list(parts)
+        columns = {column: part for column, part in self.columns.items() if part in there}
+        return columns or {f"{self.name} {part}".strip(): part for part in there if part != MEAN}
 
     def _score_part(
         self,
@@ -230,6 +240,23 @@ class Benchmark(ABC):
             details=self.details(rule, questions, predictions),
             by_type=kinds,
         )
+
+
+def _headline(
+    parts: Mapping[str, PartScores],
+    columns: Mapping[str, str],
+    counted: Sequence[Question],
+    scores: Mapping[str, float],
+) -> Headline:
+    chosen = [parts[part] for part in columns.values()]
+    if len(chosen) == 1:
+        return Headline(percent=chosen[0].accuracy, interval=chosen[0].interval, total=chosen[0].num_questions)
+    asked = [question for question in counted if question.part in columns.values()]
+    return Headline(
+        percent=sum(part.accuracy for part in chosen) / len(chosen),
+        interval=interval([scores[q.id] for q in asked], [q.image for q in asked], [q.part for q in asked]),
+        total=len(asked),
+    )
 
 
 def _by_type(rows: Iterable[tuple[str, float]]) -> dict[str, Tally]:

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: a bar chart per question type, and a page of examples."""
+"""examples.png: some answers of an evaluation at a glance."""
 
 # pyright: basic
 # matplotlib is only partly typed.
@@ -21,23 +21,6 @@ from cobra.hub import open_image
 from cobra.runtime import write_atomically
 
 _RIGHT, _WRONG = "#2a7f3f", "#b3261e"
-
-
-def plot_types(folder: Path, scores: Scores, title: str) -> None:
-    """Draw by_type.png: accuracy of each question type, with the number of questions."""
-    names = [*scores.by_type, "all"]
-    tallies = [*scores.by_type.values(), scores.overall]
-    figure = Figure(figsize=(8, 0.5 * len(names) + 1.4), layout="constrained")
-    axes = figure.subplots()
-    colors = ["tab:blue"] * len(scores.by_type) + ["tab:gray"]
-    bars = axes.barh(names, [tally.percent for tally in tallies], color=colors)
-    labels = [f"{tally.percent:.1f} %  ({tally.total:,})" for tally in tallies]
-    axes.bar_label(bars, labels=labels, padding=4)
-    axes.set(xlim=(0, 122), xlabel="accuracy (%), in brackets the number of questions", title=title)
-    axes.set_xticks(range(0, 101, 20))
-    axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
-    write_atomically(folder / "by_type.png", partial(figure.savefig, dpi=120))
 
 
 def plot_examples(
@@ -93,10 +76,14 @@ def show(prediction: Prediction) -> str:
     return f"{word} ({100 * prediction[word] / sum(prediction.values()):.0f} %)"
 
 
+def printable(text: str) -> str:
+    """Return a text without control characters and halves of characters."""
+    return "".join(c if c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def _lines(text: str) -> str:
     """Wrap a text to a picture's width and cut it to its height."""
-    printable = "".join(c if c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return textwrap.fill(printable.strip(), 34, max_lines=5, placeholder=" ...")
+    return textwrap.fill(printable(text).strip(), 34, max_lines=5, placeholder=" ...")
 
 
 def _draw_box(axes: Any, box: BoxXYXY, size: tuple[int, int], *, color: str, linestyle: str) -> None:

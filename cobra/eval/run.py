@@ -12,9 +12,10 @@ from typing import Any
 from cobra.api import Cobra, load
 from cobra.config import EvaluateConfig
 from cobra.errors import ConfigError, DataError
-from cobra.eval import engine, gallery, report
+from cobra.eval import engine, report
 from cobra.eval.benchmark import Benchmark, Choices, Question, Scores
 from cobra.eval.fingerprint import model_fingerprint, questions_fingerprint
+from cobra.eval.scoring import log_scores
 from cobra.eval.store import AnswerStore
 from cobra.models.sharded import is_sharded
 from cobra.ops import use_backend
@@ -87,16 +88,11 @@ def _evaluate(config: EvaluateConfig, benchmark: Benchmark, ranks: Ranks) -> Sco
         "processes": ranks.world_size,
     }
     facts |= {"missing_images": len(missing)} if missing else {}
-    report.write_results(folder, facts, scores)
-    report.write_report(folder, facts, scores)
     title = f"{name} on {benchmark.name}: {scores.overall.percent:.2f} %"
-    gallery.plot_types(folder, scores, title)
-    gallery.plot_examples(folder, benchmark, questions, store.answers, scores, title)
-    for kind, tally in scores.by_type.items():
-        log.info("  %-20s %6.2f %%  of %6s", kind, tally.percent, f"{tally.total:,}")
-    log.info("  %-20s %6.2f %%  of %6s", "all", scores.overall.percent, f"{scores.overall.total:,}")
+    report.write(folder, facts, benchmark, questions, store.answers, scores, title)
+    log_scores(benchmark, scores)
     log.info("Report: %s", folder / "report.md")
-    log.info("Pictures: %s, %s", folder / "examples.png", folder / "by_type.png")
+    log.info("Examples: %s", folder / "examples.html")
     return scores
 
 

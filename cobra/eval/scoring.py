@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,15 @@ def score(config: ScoreConfig, benchmark: Benchmark) -> dict[str, Any]:
         if getattr(predictions, kind)
     }
     results |= {"left_out": left_out} if left_out else {}
+    log_scores(benchmark, scores)
+    if config.output is not None:
+        write_scores(Path(config.output), benchmark, answered, scores)
+        write_text(Path(config.output) / "results.json", json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def log_scores(benchmark: Benchmark, scores: Scores) -> None:
+    """Say each part's accuracy by each rule, with its interval."""
     for rule, parts in scores.parts.items():
         for part, numbers in parts.items():
             low, high = numbers.interval
@@ -48,17 +57,25 @@ def score(config: ScoreConfig, benchmark: Benchmark) -> dict[str, Any]:
                 "  %-8s %-20s %6.2f %%   (%.2f to %.2f)   of %s",
                 rule, part or benchmark.name, numbers.accuracy, low, high, f"{numbers.num_questions:,}",
             )  # fmt: skip
-    if config.output is not None:
-        write_scores(Path(config.output), benchmark, answered, scores)
-        write_text(Path(config.output) / "results.json", json.dumps(results, indent=2) + "\n")
-    return results
 
 
-def write_scores(folder: Path, benchmark: Benchmark, questions: Sequence[Question], scores: Scores) -> None:
-    """Write scores.jsonl: one line per question, its score from 0 to 1 by each rule."""
-    lines = [json.dumps(_line(benchmark, question, scores.per_question)) for question in questions]
+def write_scores(
+    folder: Path, benchmark: Benchmark, questions: Sequence[Question], scores: Scores, *, with_image: bool = False
+) -> None:
+    """Write scores.jsonl: one line per question, its score from 0 to 1 by each rule.
+
+    Args:
+        folder: made if it is not there.
+        benchmark: knows how ids are written.
+        questions: those that were answered.
+        scores: of their answers.
+        with_image: add what `scripts/compare.py` groups by: the image, the part, and whether the question counts.
+    """
+    lines: list[str] = []
+    for question in questions:
+        row = benchmark.id_fields(question)
+        row |= {rule: values[question.id] for rule, values in scores.per_question.items()}
+        if with_image:
+            row |= {"image": question.image.name, "part": question.part, "counts": question.is_counted}
+        lines.append(json.dumps(row))
     write_text(folder / "scores.jsonl", "\n".join(lines) + "\n")
-
-
-def _line(benchmark: Benchmark, question: Question, scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    return benchmark.id_fields(question) | {rule: values[question.id] for rule, values in scores.items()}

@@ -91,7 +91,7 @@ def test_evaluation_writes_everything(benchmark: Small, config: EvaluateConfig, 
     )
     report = (folder / "report.md").read_text()
     assert f"**{scores.overall.percent:.2f} %** of 72 questions" in report
-    for picture in ("by_type.png", "examples.png"):
+    for picture in ("by_kind.png", "examples.png"):
         assert picture in report
         with Image.open(folder / picture) as image:
             image.load()

@@ -58,9 +58,11 @@ def test_benchmark_is_asked_and_scored(trained_run: Path, data_root: Path, tmp_p
     assert again["questions"] == LIMIT and set(again["left_out"]) == {"missing"}
     assert results["rules"] == again["rules"] and set(results["rules"]) == {"official", "paper"}
     report = (tmp_path / "report.md").read_text()
-    assert "| official | " in report and "| paper | " in report and "95 % interval" in report
-    for picture in ("by_type.png", "examples.png"):
-        with Image.open(tmp_path / picture) as image:
+    assert "| official (%) | 95 % interval | paper's rule (%) | 95 % interval |" in report
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert len(pictures) >= 2 and all(f"]({picture.name})" in report for picture in pictures)
+    for picture in pictures:
+        with Image.open(picture) as image:
             image.load()
 
 

@@ -23,6 +23,7 @@ class GQA(Benchmark):
     true answers alone, so that "t-shirt" can never be right.
     """
 
+    columns: ClassVar[Mapping[str, str]] = {"GQA": ""}
     image_url: ClassVar[str] = IMAGES.url
     data_root: str
     prompt: str

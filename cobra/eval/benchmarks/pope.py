@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 from cobra.config import one_of
-from cobra.eval.benchmark import Benchmark, Choices, Prediction, Question, probabilities
+from cobra.eval.benchmark import MEAN, Benchmark, Choices, Prediction, Question, probabilities
 from cobra.eval.files import Source, check_unique, expecting, locate, read_json_lines
 from cobra.eval.rules.binary import areas, confusion, says, share
 
@@ -31,6 +31,7 @@ class Pope(Benchmark):
     """
 
     mean_of_parts: ClassVar[bool] = True
+    columns: ClassVar[Mapping[str, str]] = {"POPE": MEAN}
     image_url: ClassVar[str] = IMAGES.url
     data_root: str
     prompt: str

@@ -37,6 +37,7 @@ class Truth(NamedTuple):
 class RefCOCO(Benchmark):
     """Right when intersection over union with the true box is 0.5 or more; an unreadable box is wrong, and counted."""
 
+    columns: ClassVar[Mapping[str, str]] = {name: name for name in SETS}
     image_url: ClassVar[str] = IMAGES.url
     data_root: str
     prompt: str

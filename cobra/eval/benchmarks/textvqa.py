@@ -30,6 +30,7 @@ NUM_ANSWERS = 10
 class TextVQA(Benchmark):
     """Accuracy against ten human answers, for each prompt order. Official: M4C's evaluator, facebookresearch/mmf."""
 
+    columns: ClassVar[Mapping[str, str]] = {"TextVQA": "ocr_first"}
     image_url: ClassVar[str] = IMAGES.url
     data_root: str
     prompts: Mapping[str, str]  # order -> wording

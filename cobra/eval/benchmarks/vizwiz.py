@@ -22,6 +22,7 @@ IMAGES = Source(("val_images", "val"), "https://vizwiz.cs.colorado.edu/VizWiz_fi
 class VizWiz(Benchmark):
     """Accuracy against ten human answers, and how well "unanswerable" is said. Official: VizWiz's VQA script."""
 
+    columns: ClassVar[Mapping[str, str]] = {"VizWiz": ""}
     image_url: ClassVar[str] = IMAGES.url
     data_root: str
     prompt: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from sys import intern
@@ -28,6 +29,7 @@ IMAGES = Source(("images_val2014", "val2014", "../coco/val2014"), "http://images
 class VQAv2(Benchmark):
     """Accuracy against ten human answers. Official: vqaEval.py of GT-Vision-Lab/VQA."""
 
+    columns: ClassVar[Mapping[str, str]] = {"VQA-v2": ""}
     image_url: ClassVar[str] = IMAGES.url
     data_root: str
     prompt: str

@@ -20,6 +20,7 @@ WORDS = ("True", "False")
 class VSR(Benchmark):
     """Accuracy of the likelier of "True" and "False"; a tie counts as True."""
 
+    columns: ClassVar[Mapping[str, str]] = {"VSR": ""}
     image_url: ClassVar[str] = IMAGES.url
     data_root: str
     prompt: str
