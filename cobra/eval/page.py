@@ -65,9 +65,10 @@ def write_page(
     template = Template((files("cobra") / _TEMPLATE).read_text(encoding="utf-8"))
     about = (
         f"{len(cards)} of {len(questions):,} answers: the best, the worst, and some at random. "
-        "Right is a score of 0.5 or more. True boxes are dashed."
+        "Right is a score of 0.5 or more."
     )
     shown = [by_id[name] for name in sets]
+    about += " The true boxes are dashed." * any(benchmark.true_box(question) for question in shown)
     text = template.substitute(
         title=_text(title),
         about=_text(about),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 from cobra.eval import report
-from cobra.eval.benchmark import MEAN, Benchmark, Prediction, Question, text
+from cobra.eval.benchmark import MEAN, Benchmark, Prediction, Question, Scores, text
 from cobra.eval.rules.boxes import BoxXYXY
+from cobra.eval.scoring import write_scores
 
 
 @dataclass
@@ -61,3 +63,13 @@ def write_evaluation(
     facts = {"benchmark": benchmark.name, "model": model, "limit": None}
     scores = benchmark.score(answers, questions)
     report.write(folder, facts, benchmark, questions, answers, scores, f"{model} on {benchmark.name}")
+
+
+def write_numbers(folder: Path, benchmark: Benchmark, answers: Mapping[str, Prediction]) -> Scores:
+    """Write of an evaluation only what a comparison reads: no pictures."""
+    questions = [question for question in benchmark.questions() if question.id in answers]
+    scores = benchmark.score(answers, questions)
+    write_scores(folder, benchmark, questions, scores, with_image=True)
+    results = report.results_of({"benchmark": benchmark.name, "model": folder.name}, scores)
+    (folder / "results.json").write_text(json.dumps(results))
+    return scores
