@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from cobra.eval.rules.boxes import BoxXYXY, parse_box
 from cobra.hub import open_image
 from cobra.runtime import write_atomically
 
+_POOL = 2_000  # right answers that examples are picked from: looking for other types takes time
 _RIGHT, _WRONG = "#2a7f3f", "#b3261e"
 
 
@@ -98,9 +100,9 @@ def choose_examples(questions: Sequence[Question], scores: Scores, *, num_wrong:
     """Pick wrong answers first, then right ones of as many images and types as there are; always the same ones."""
     order = [questions[i] for i in np.random.default_rng(0).permutation(len(questions)).tolist()]
     chosen = [question for question in order if scores.main[question.id] < 0.5][:num_wrong]
-    right = [question for question in order if scores.main[question.id] >= 0.5]
+    right = [question for question in order if scores.main[question.id] >= 0.5][:_POOL]
     while right and len(chosen) < num_all:
-        counts = {q.type: sum(c.type == q.type for c in chosen) for q in right}
+        counts = Counter(question.type for question in chosen)
         seen = {question.image for question in chosen}
         best = min(right, key=lambda q: (q.image in seen, counts[q.type]))
         chosen.append(best)
