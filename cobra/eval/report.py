@@ -25,8 +25,8 @@ def write(
     answers: Mapping[str, Prediction],
     scores: Scores,
     title: str,
-) -> None:
-    """Write results.json, scores.jsonl, report.md, examples.html and the pictures.
+) -> dict[str, Any]:
+    """Write results.json, scores.jsonl, report.md, examples.html and the pictures; return what results.json holds.
 
     Args:
         folder: made if it is not there.
@@ -49,6 +49,7 @@ def write(
     lines += ["![examples](examples.png)", "", "[More examples, to filter and search](examples.html)", ""]
     lines += ["## Settings", "", *(f"* {key}: {plain(str(value))}" for key, value in facts.items())]
     write_text(folder / "report.md", "\n".join(lines) + "\n")
+    return results
 
 
 def results_of(facts: Mapping[str, Any], scores: Scores) -> dict[str, Any]:
@@ -144,8 +145,8 @@ def _on_the_paper(results: Mapping[str, Any], scores: Scores, is_whole: bool) ->
     if row_name(str(results["model"]), default="") != name:
         lines.append(f"This model is none of the paper's; its row {ROWS[DEFAULT].label} stands for them.")
     if not is_whole:
-        limit = results.get("limit")
-        reason = f" (limit={limit})" if limit is not None else ""
+        chosen = [f"{key}={results[key]}" for key in ("limit", "subset") if results.get(key) is not None]
+        reason = f" ({', '.join(chosen)})" if chosen else ""
         lines.append(
             f"Where no difference is shown, these are not the questions that the paper's number is of{reason}: "
             "it would be **no fair comparison**."
