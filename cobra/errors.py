@@ -52,3 +52,7 @@ class RankError(CobraError):
 
 class BackendError(CobraError):
     """A kernel backend was asked for by name but cannot run here."""
+
+
+class ResourceError(CobraError):
+    """The machine's memory is too small for what was asked."""

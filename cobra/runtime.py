@@ -20,6 +20,8 @@ from cobra.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+_MEMORY_UNKNOWN = 8 * 2**30  # what most machines have
+
 
 def pick_device(name: str) -> torch.device:
     """Return the device called `name`: "cpu", "cuda", "cuda:1", or "auto", which is CUDA where there is one.
@@ -56,6 +58,20 @@ def peak_memory_gib(device: torch.device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU's memory, or of this machine's, as far as this process may use it."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):
+        return _MEMORY_UNKNOWN
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(memory, int(text)) if text.isdecimal() else memory
 
 
 def setup_logging(rank: int = 0) -> None:

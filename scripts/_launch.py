@@ -33,12 +33,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Hydra takes `model=...` for a choice in the config group of that name; in evaluate.yaml the setting is called `load`.
 _ALIASES = {
-    "evaluate": {"model": "load", "data_root": "benchmark.data_root"},
-    "score": {"data_root": "benchmark.data_root"},
+    "evaluate": {"model": "load", "data_root": "paths.data"},
+    "score": {"data_root": "paths.data"},
 }
+# Other spellings, understood and never shown.
+_SYNONYMS = {"evaluate": {"benchmark.limit": "limit", "benchmark.subset": "subset"}}
 # What makes a config with mandatory choices compose when only its keys matter.
 _SOME_CHOICE = {"evaluate": ["benchmark=easyvqa"], "score": ["benchmark=gqa"]}
 
+NINE: tuple[str, ...] = (
+    "vqav2",
+    "gqa",
+    "vizwiz",
+    "textvqa",
+    "vsr",
+    "pope",
+    "refcoco",
+)  # the paper's benchmarks; refcoco is three
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -47,12 +58,14 @@ def launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     watch_parent()
     _setup_logging()
     rerun = _take_option("--rerun") if config_name in ("pretrain", "evaluate") else None
-    for alias, name in _ALIASES.get(config_name, {}).items():
-        sys.argv[1:] = [re.sub(f"^{alias}=", f"{name}=", argument) for argument in sys.argv[1:]]
+    for alias, name in (_ALIASES.get(config_name, {}) | _SYNONYMS.get(config_name, {})).items():
+        sys.argv[1:] = [re.sub(f"^{re.escape(alias)}=", f"{name}=", argument) for argument in sys.argv[1:]]
+    names = _take_benchmarks() if config_name == "evaluate" else []
     if rerun is not None:
         Task(config_name, main)(_load_rerun(rerun, sys.argv[1:]))
         return
-    task = Task(config_name, main, swept=_check_command_line(config_name))
+    swept, benchmarks = _check_command_line(config_name, names)
+    task = Task(config_name, main, swept=swept, benchmarks=benchmarks)
     _submitit.let_jobs_import_scripts()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us as they are
     with _errors_in_one_line(config_name):
@@ -66,6 +79,7 @@ class Task:
     config_name: str
     main: Callable[[DictConfig], Any]
     swept: list[str] = field(default_factory=list[str])  # keys that a --multirun sweeps over
+    benchmarks: list[Any] = field(default_factory=list[Any])  # composed, where there are several of them
     is_job: bool = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -84,6 +98,9 @@ class Task:
     def _run(self, cfg: DictConfig) -> None:
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             _name_sweep_job(cfg, self.swept)
+        if self.benchmarks:
+            OmegaConf.set_struct(cfg, False)
+            cfg.benchmark = self.benchmarks
         self.main(cfg)
 
 
@@ -98,6 +115,8 @@ def _errors_in_one_line(config_name: str) -> Iterator[None]:
         if str(error):
             logging.getLogger("cobra").info("%s", error)
         _leave(error.exit_code)
+    except HydraException as error:
+        _fail(_explain_override(str(error), config_name))
     except CobraError as error:
         _fail(_unaliased(str(error), config_name), error.exit_code)
     except OSError as error:  # a folder that cannot be written, a full disk
@@ -172,6 +191,21 @@ def _take_option(name: str) -> str | None:
     return None
 
 
+def _take_benchmarks() -> list[str]:
+    """Of `benchmark=all`, `benchmark=[a,b]` or `benchmark=a,b`, return the names and leave the first one's to Hydra.
+
+    A --multirun is a sweep, with a run of its own for each.
+    """
+    place = next((i for i, argument in enumerate(sys.argv) if argument.startswith("benchmark=")), None)
+    if place is None:
+        return []
+    text = sys.argv[place].removeprefix("benchmark=").strip("[]")
+    names = list(NINE) if text == "all" else list(dict.fromkeys(name.strip() for name in text.split(",")))
+    is_sweep = bool({"--multirun", "-m"} & set(sys.argv))
+    sys.argv[place] = f"benchmark={','.join(names) if is_sweep else names[0]}"
+    return [] if is_sweep or len(names) == 1 else names
+
+
 def _load_rerun(file: str, overrides: list[str]) -> DictConfig:
     """Read a run folder's config.yaml, with `key=value` changes on top."""
     if not Path(file).is_file():
@@ -200,34 +234,49 @@ def _name_sweep_job(cfg: DictConfig, swept: list[str]) -> None:
         cfg.run.name = f"{cfg.run.name}-{'_'.join(names)}"
 
 
-def _check_command_line(config_name: str) -> list[str]:
+def _check_command_line(config_name: str, names: list[str]) -> tuple[list[str], list[Any]]:
     """Compose once, with Hydra's messages shortened and the nearest valid name added, before Hydra itself runs.
 
-    Returns the keys that a --multirun sweeps over.
+    Args:
+        config_name: of the script.
+        names: of benchmarks, where there are several.
+
+    Returns: the keys that a --multirun sweeps over, and the settings of each of the benchmarks.
     """
     arguments = get_args_parser().parse_args()
     if arguments.help:  # shows the settings as composed, which needs every mandatory choice
         chosen = {override.split("=", 1)[0] for override in arguments.overrides}
         sys.argv += [choice for choice in _SOME_CHOICE.get(config_name, []) if choice.split("=")[0] not in chosen]
-        return []
+        return [], []
     if arguments.multirun and _is_one_of_several():
         _fail(
             "--multirun below torchrun or srun would start the whole sweep in every process. Start it plainly, which "
             "uses all GPUs for each run, or with hydra/launcher=submitit_slurm (docs/clusters.md)."
         )
     if arguments.hydra_help or arguments.config_path or arguments.config_name or arguments.config_dir:
-        return []
+        return [], []
+    benchmark = ""
     try:
         parsed = OverridesParser.create().parse_overrides(arguments.overrides)
         for override in parsed:
             _check_added_key(override.input_line or "")
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            hydra.compose(config_name, overrides=[_one_value(override) for override in parsed])
-        return [(override.input_line or "").split("=", 1)[0] for override in parsed if override.is_sweep_override()]
+            values = [_one_value(override) for override in parsed]
+            if not names:
+                hydra.compose(config_name, overrides=values)
+            others = [value for value in values if not value.startswith("benchmark=")]
+            benchmarks: list[Any] = []
+            for name in names:
+                benchmark = f"benchmark={name}"
+                composed = hydra.compose(config_name, overrides=[*others, benchmark])
+                benchmarks.append(OmegaConf.to_container(composed.benchmark, resolve=True))
+        swept = [(override.input_line or "").split("=", 1)[0] for override in parsed if override.is_sweep_override()]
+        return swept, benchmarks
     except MissingConfigException as error:
         _fail(_explain_missing(error))
     except HydraException as error:
-        _fail(_explain_override(str(error), config_name))
+        hint = f" ({benchmark}: settings go to each of the benchmarks.)" if benchmark else ""
+        _fail(_explain_override(str(error), config_name, benchmark) + hint)
 
 
 def _groups() -> list[str]:
@@ -261,7 +310,7 @@ def _explain_missing(error: MissingConfigException) -> str:
     return str(error).splitlines()[0]
 
 
-def _explain_override(message: str, config_name: str) -> str:
+def _explain_override(message: str, config_name: str, benchmark: str = "") -> str:
     """Shorten Hydra's message and add the nearest key or group to it."""
     from cobra.config import flatten, nearest
 
@@ -271,8 +320,9 @@ def _explain_override(message: str, config_name: str) -> str:
     wrong = re.search(r"Could not override '(?:.*: )?([^'@]+)|Key '([^']+)' is not in struct", lines[0])
     if wrong is None:
         return lines[0]
+    choices = [benchmark] if benchmark else _SOME_CHOICE.get(config_name, [])
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config: Any = OmegaConf.to_container(hydra.compose(config_name, overrides=_SOME_CHOICE.get(config_name, [])))
+        config: Any = OmegaConf.to_container(hydra.compose(config_name, overrides=choices))
     groups = _groups()
     name = wrong.group(1) or wrong.group(2)
     if name in groups:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from _launch import launch
 from _ranks import processes_to_start, run_ranks
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 
 def main(cfg: DictConfig) -> None:
@@ -21,9 +21,10 @@ def main(cfg: DictConfig) -> None:
         run_ranks({**as_dict(config), "benchmark": asked}, count, Path(__file__).resolve())
         return
 
-    from cobra.eval.run import evaluate
+    from cobra.eval.run import evaluate_all
 
-    evaluate(config, instantiate(benchmark, _convert_="all"))
+    several = list(benchmark) if isinstance(benchmark, ListConfig) else [benchmark]
+    evaluate_all(config, [instantiate(one, _convert_="all") for one in several])
 
 
 if __name__ == "__main__":

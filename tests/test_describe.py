@@ -20,12 +20,13 @@ from cobra.config import PretrainConfig
 from cobra.describe import build_on_meta, describe
 from cobra.describe.__main__ import main
 from cobra.describe.flops import block_matmul_flops, head_flops
-from cobra.describe.memory import BANDWIDTHS, block_activation_bytes, state_bytes
+from cobra.describe.memory import BANDWIDTHS, block_activation_bytes
 from cobra.describe.meta import count
 from cobra.errors import ConfigError
 from cobra.models.build import build_model, set_trainable
 from cobra.models.lora import attach_adapters
 from cobra.models.mamba import MambaLM
+from cobra.models.state import state_bytes
 from cobra.models.vlm import CobraVLM
 from cobra.train.optim import build_optimizer
 from cobra.train.parallel import prepare

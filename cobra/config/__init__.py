@@ -7,6 +7,7 @@ refused by name. The YAML files in `configs/` hold the values; this package says
 from cobra.config.checks import nearest, one_of
 from cobra.config.door import as_config, as_dict, flatten, read_yaml
 from cobra.config.journeys import (
+    SUBSETS,
     EvaluateConfig,
     PathsConfig,
     PretrainConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "PROJECTOR_KINDS",
     "RESIZE_STRATEGIES",
     "STAGES",
+    "SUBSETS",
     "DataConfig",
     "DataSetConfig",
     "EvaluateConfig",

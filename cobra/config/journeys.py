@@ -10,6 +10,8 @@ from cobra.config.model import ModelConfig
 from cobra.config.train import DataConfig, ParallelConfig, TrainConfig
 from cobra.errors import ConfigError
 
+SUBSETS = {"smoke": 50, "lite": 500, "medium": 2500}  # of a benchmark: whole images with so many questions of each part
+
 
 @dataclass(frozen=True, kw_only=True)
 class WandbConfig:
@@ -92,20 +94,24 @@ class EvaluateConfig:
 
     paths: PathsConfig
     load: str  # what cobra.load takes; `model=...` on the command line
-    batch_size: int = 512
+    batch_size: int | None = None  # questions at once; null: what fits into memory
     limit: int | None = None
+    subset: str | None = None  # a name in SUBSETS
     device: str = "auto"
     dtype: str = "float32"
     ops: str = "auto"  # as parallel.ops
     output: str | None = None
     processes: int | None = None  # started on this machine; null: one per GPU. Ignored below torchrun and SLURM
     on_missing: str = "error"  # images: "error" | "skip"
+    vision: Any = None  # a mapping or a YAML file, as cobra.load takes them
+    llm: Any = None
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, ("float32", "bfloat16"))
         one_of("on_missing", self.on_missing, ("error", "skip"))
-        positive("batch_size", self.batch_size)
-        for key in ("limit", "processes"):
+        if self.subset is not None:
+            one_of("subset", self.subset, SUBSETS)
+        for key in ("batch_size", "limit", "processes"):
             if getattr(self, key) is not None:
                 positive(key, getattr(self, key))
 

@@ -18,12 +18,13 @@ import torch
 
 from cobra.config import ParallelConfig, PretrainConfig
 from cobra.describe.flops import Flops, decoding_flops, training_flops
-from cobra.describe.memory import BANDWIDTHS, Memory, decoding_bytes, micro_batch, state_bytes, training_memory
+from cobra.describe.memory import BANDWIDTHS, Memory, decoding_bytes, micro_batch, training_memory
 from cobra.describe.meta import build_on_meta, count, trace_image
 from cobra.describe.table import table
 from cobra.errors import ConfigError
 from cobra.models.build import TRAINED_PARTS, set_trainable
 from cobra.models.lora import adapters, attach_adapters
+from cobra.models.state import state_bytes
 from cobra.models.vlm import CobraVLM
 
 __all__ = ["TEXT_TOKENS", "Description", "Flops", "Memory", "Part", "build_on_meta", "describe"]

@@ -8,6 +8,7 @@ from cobra.config import LLMConfig, LoraConfig, PretrainConfig
 from cobra.describe.meta import ImageTrace, Trace, count
 from cobra.models.build import TRAINED_PARTS
 from cobra.models.loss import CHUNK
+from cobra.models.state import state_bytes
 from cobra.models.vlm import CobraVLM
 from cobra.models.weights import KEPT_IN_FLOAT32
 
@@ -26,11 +27,6 @@ _VIT_VALUES = 16  # per token and width that a transformer block keeps, see `vis
 
 
 # -- decoding ----------------------------------------------------------------------------------------------------------
-
-
-def state_bytes(config: LLMConfig) -> int:
-    """The state of one row in fp32, however long the prefix: layers x E x (N + K - 1) numbers."""
-    return 4 * config.num_layers * config.d_inner * (config.d_state + config.d_conv - 1)
 
 
 def decoding_bytes(model: CobraVLM) -> int:

@@ -1,4 +1,4 @@
-"""The evaluate journey: a model and a benchmark -> predictions, scores, report, pictures."""
+"""The evaluate journey: a model and benchmarks -> predictions, scores, reports, pictures."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cobra.api import Cobra, load
+from cobra.api import load
 from cobra.config import EvaluateConfig
 from cobra.errors import ConfigError, DataError
-from cobra.eval import engine, report
+from cobra.eval import report
 from cobra.eval.benchmark import Benchmark, Choices, Question, Scores
+from cobra.eval.engine import Answerer, Engine, ask, select, share
 from cobra.eval.fingerprint import model_fingerprint, questions_fingerprint
 from cobra.eval.scoring import log_scores
 from cobra.eval.store import AnswerStore
@@ -27,77 +29,148 @@ log = logging.getLogger(__name__)
 _TIMEOUT_MINUTES = 24 * 60.0  # ranks wait for each other only at the end; one that dies is noticed at once
 
 
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One benchmark, ready to be asked."""
+
+    benchmark: Benchmark
+    folder: Path
+    every_question: list[Question]
+    questions: list[Question]  # those of them that are asked
+    missing: Mapping[Path, int]  # images that are not there, with how many questions each has
+
+
 def evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
-    """Evaluate as configured; the results are in `output` (default: results/<benchmark>/<model name>).
+    """Evaluate on one benchmark; the results are in `output` (default: results/<benchmark>/<model name>).
 
     Below torchrun and its like, every rank asks its share of the images and returns the same scores.
 
     Raises:
         CobraError: the data or the model is missing or broken, or the folder holds another evaluation.
     """
+    (scores,) = evaluate_all(config, [benchmark])
+    return scores
+
+
+def evaluate_all(config: EvaluateConfig, benchmarks: Sequence[Benchmark]) -> list[Scores]:
+    """Evaluate on several benchmarks with one loaded model, as `evaluate` does; `output` gets a folder for each."""
     with joined(config.device, _TIMEOUT_MINUTES) as ranks, use_backend(config.ops):
-        return _evaluate(config, benchmark, ranks)
+        return _evaluate(config, benchmarks, ranks)
 
 
-def _evaluate(config: EvaluateConfig, benchmark: Benchmark, ranks: Ranks) -> Scores:
+def _evaluate(config: EvaluateConfig, benchmarks: Sequence[Benchmark], ranks: Ranks) -> list[Scores]:
     if not ranks.is_first:
         ranks.barrier()  # the first rank fetches what has to be fetched
     fingerprint = model_fingerprint(config.load) if ranks.is_first else {}
-    every_question = benchmark.questions()
+    tasks = _prepare(config, benchmarks)
     if ranks.is_first:
         ranks.barrier()
-    questions = engine.select(every_question, config.limit)
+    stores = [_open_store(config, task, fingerprint, ranks) for task in tasks]
+    model = load(config.load, device=config.device, dtype=config.dtype, vision=config.vision, llm=config.llm)
+    for task in tasks:
+        _check_choices(model, task)
+    results: list[dict[str, Any]] = []
+    scores: list[Scores] = []
+    for task, store in zip(tasks, stores, strict=True):
+        found, result = _run(config, model, task, store, ranks)
+        scores.append(found)
+        results.append(result)
+    return scores
+
+
+def _prepare(config: EvaluateConfig, benchmarks: Sequence[Benchmark]) -> list[Task]:
+    """Read all questions and look for all images; all that is wrong comes in one error, before the model is loaded."""
+    tasks: list[Task] = []
+    problems: list[str] = []
+    for benchmark in benchmarks:
+        try:
+            tasks.append(_task(config, benchmark, is_one_of_several=len(benchmarks) > 1))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return tasks
+
+
+def _task(config: EvaluateConfig, benchmark: Benchmark, *, is_one_of_several: bool) -> Task:
+    every_question = benchmark.questions()
+    questions = select(every_question, config.limit, config.subset)
     missing = _missing_images(questions)
     if missing and config.on_missing == "error":
         raise DataError(f"{_listed(benchmark, missing)}\non_missing=skip leaves their questions out.")
     questions = [question for question in questions if question.image not in missing]
     if not questions:
         raise DataError(f"{_listed(benchmark, missing)}\nNo question is left.")
-    name = _display_name(config)
-    folder = Path(config.output or Path(config.paths.results) / benchmark.name / name)
-    store = AnswerStore(
-        folder,
-        {**fingerprint, "questions": questions_fingerprint(every_question), "dtype": config.dtype},
-        benchmark,
-        every_question,
-        ranks,
-    )
-    if missing and ranks.is_first:
-        write_text(folder / "missing_images.txt", "".join(f"{image}\n" for image in missing))
-        log.warning("Left out: %s\nAll are listed in %s.", _listed(benchmark, missing), folder / "missing_images.txt")
+    folder = Path(config.paths.results) / benchmark.name / _display_name(config)
+    if config.output is not None:
+        folder = Path(config.output) / benchmark.name if is_one_of_several else Path(config.output)
+    return Task(benchmark=benchmark, folder=folder, every_question=every_question, questions=questions, missing=missing)
+
+
+def _open_store(config: EvaluateConfig, task: Task, fingerprint: Mapping[str, str], ranks: Ranks) -> AnswerStore:
+    made_with = {**fingerprint, "questions": questions_fingerprint(task.every_question), "dtype": config.dtype}
+    made_with |= {key: value for key in ("vision", "llm") if (value := getattr(config, key)) is not None}
+    store = AnswerStore(task.folder, made_with, task.benchmark, task.every_question, ranks)
+    if task.missing and ranks.is_first:
+        file = task.folder / "missing_images.txt"
+        write_text(file, "".join(f"{image}\n" for image in task.missing))
+        log.warning("Left out: %s\nAll are listed in %s.", _listed(task.benchmark, task.missing), file)
+    return store
+
+
+def _run(
+    config: EvaluateConfig, model: Answerer[Any], task: Task, store: AnswerStore, ranks: Ranks
+) -> tuple[Scores, dict[str, Any]]:
+    benchmark, questions = task.benchmark, task.questions
     num_waiting = sum(question.id not in store.answers for question in questions)
-    model = load(config.load, device=config.device, dtype=config.dtype)
-    _check_choices(model, benchmark, questions)
     log.info("Asking %s %s questions of %s.", config.load, f"{num_waiting:,}", benchmark.name)
+    engine = Engine(model, config.batch_size, skip_broken=config.on_missing == "skip")
     started = time.perf_counter()
     try:
-        engine.ask(model, engine.share(questions, ranks), store, config.batch_size)
+        ask(engine, share(questions, ranks), store)
     finally:
         store.close()
     store.join()
     seconds = time.perf_counter() - started
+    broken = {image for images in ranks.gather([str(image) for image in engine.broken]) for image in images}
+    questions = [question for question in questions if str(question.image) not in broken]
+    if not questions:
+        raise DataError(f"{benchmark.name}: no image decodes, so no question is left.")
 
     scores = benchmark.score(store.answers, questions)
-    if not ranks.is_first:
-        return scores
     facts: dict[str, Any] = {"benchmark": benchmark.name, "model": config.load, "dtype": config.dtype}
     facts |= {
         "limit": config.limit,
+        "subset": config.subset,
+        "batch_size": engine.batch_size,
         "asked_now": num_waiting,
         "seconds": round(seconds, 2),
+        "questions_per_second": round(num_waiting / seconds, 1),
         "processes": ranks.world_size,
     }
-    facts |= {"missing_images": len(missing)} if missing else {}
-    title = f"{name} on {benchmark.name}: {scores.overall.percent:.2f} %"
-    report.write(folder, facts, benchmark, questions, store.answers, scores, title)
-    log_scores(benchmark, scores)
-    log.info("Report: %s", folder / "report.md")
-    log.info("Examples: %s", folder / "examples.html")
-    return scores
+    facts |= {"missing_images": len(task.missing)} if task.missing else {}
+    facts |= {"broken_images": sorted(broken)} if broken else {}
+    return scores, _report(config, task, questions, store, scores, facts) if ranks.is_first else facts
+
+
+def _report(
+    config: EvaluateConfig,
+    task: Task,
+    questions: Sequence[Question],
+    store: AnswerStore,
+    scores: Scores,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """Write everything there is to say of one benchmark; return what results.json holds."""
+    title = f"{_display_name(config)} on {task.benchmark.name}: {scores.overall.percent:.2f} %"
+    results = report.write(task.folder, facts, task.benchmark, questions, store.answers, scores, title)
+    log_scores(task.benchmark, scores)
+    log.info("Report: %s", task.folder / "report.md")
+    log.info("Examples: %s", task.folder / "examples.html")
+    return results
 
 
 def _missing_images(questions: Sequence[Question]) -> dict[Path, int]:
-    """Return the images that are not there, with how many questions each has."""
     counts = Counter(question.image for question in questions)
     return {image: count for image, count in counts.items() if not image.is_file()}
 
@@ -110,16 +183,17 @@ def _listed(benchmark: Benchmark, missing: Mapping[Path, int]) -> str:
     return "\n".join([head, *shown]) + source
 
 
-def _check_choices(model: Cobra, benchmark: Benchmark, questions: Sequence[Question]) -> None:
+def _check_choices(model: Answerer[Any], task: Task) -> None:
     """Raise ConfigError unless every word whose probability is asked for is one token of the model."""
-    kinds = {question.answer for question in questions}
-    try:
-        for word in {word for kind in kinds if isinstance(kind, Choices) for word in kind.words}:
-            model.tokenizer.single_id(word)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{benchmark.name} compares the probabilities of single tokens, which {model.name} does not have: {error}"
-        ) from None
+    for kind in {question.answer for question in task.questions}:
+        try:
+            if isinstance(kind, Choices):
+                model.choice_ids(kind.words)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{task.benchmark.name} compares the probabilities of single tokens, which this model does not have: "
+                f"{error}"
+            ) from None
 
 
 def _display_name(config: EvaluateConfig) -> str:

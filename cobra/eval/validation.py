@@ -32,8 +32,9 @@ class Validation:
         vlm = Cobra(model, tokenizer, name="in training")
         mine = engine.share(self.questions, ranks)
         answers: dict[str, Prediction] = {}
-        for batch in engine.group_by_image(mine, self.batch_size):
-            answers |= engine.answer(vlm, batch)
+        asking = engine.Engine(vlm, self.batch_size)
+        for found in asking.answers(engine.group_by_image(mine, self.batch_size)):
+            answers |= found
         together: dict[str, Prediction] = {}
         for part in ranks.gather(answers):
             together |= part

@@ -12,18 +12,19 @@ from cobra.generation.sampling import NOT_FINITE, Sampler, Sampling
 from cobra.models.mamba import MambaLM
 from cobra.models.state import MambaState
 
-PREFILL_CHUNK = 1024  # tokens of each row; 64 rows of Mamba-2.8B in bfloat16: 1.25 GiB for the widest activation
+PREFILL_TOKENS = 2**16  # read at a time, over all rows: Mamba-2.8B in bfloat16 has 1.25 GiB for the widest activation
 
 
 def prefill(
-    llm: MambaLM, prompts: Sequence[Sequence[int]], state: MambaState | None, *, chunk: int = PREFILL_CHUNK
+    llm: MambaLM, prompts: Sequence[Sequence[int]], state: MambaState | None, *, chunk: int | None = None
 ) -> tuple[Tensor, MambaState]:
     """Read token ids after a prefix.
 
     Args:
         prompts: B lists of ids below V, at least one of each, of any lengths.
         state: the prefix of each row, B rows; None for the start of a text.
-        chunk: tokens of each row that are read at a time, which bounds memory; the results do not depend on it.
+        chunk: tokens of each row that are read at a time, which bounds memory; the results do not depend on it. None:
+            so many that a chunk of all rows has `PREFILL_TOKENS`.
 
     Returns:
         Logits of the next token [B, V], V without the embedding's padding, and the state after each prompt. Both
@@ -32,30 +33,48 @@ def prefill(
     Raises:
         ConfigError: no prompts, an empty one, an id that is no token, or a chunk without tokens.
     """
+    _check_prompts(llm, prompts)
+    if chunk is None:
+        chunk = max(1, PREFILL_TOKENS // len(prompts))
     if chunk < 1:
         raise ConfigError(f"chunk={chunk} must be at least 1 token.")
-    _check_prompts(llm, prompts)
+    if max(len(prompt) for prompt in prompts) <= chunk:
+        last, after = _read(llm, prompts, state)
+    else:
+        last, after = _read_in_chunks(llm, prompts, state, chunk)
+    return _next_logits(llm, last), after
+
+
+def _read_in_chunks(
+    llm: MambaLM, prompts: Sequence[Sequence[int]], state: MambaState | None, chunk: int
+) -> tuple[Tensor, MambaState]:
+    """As `_read`; the longest prompts come first, so that those that have ended leave from the batch's end."""
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    left = [prompts[row] for row in order]
+    after = None if state is None else state[order]
+    ended: list[tuple[Tensor, MambaState]] = []
+    for start in range(0, len(left[0]), chunk):
+        last, after = _read(llm, [prompt[start : start + chunk] for prompt in left], after)
+        going_on = sum(len(prompt) > start + chunk for prompt in left)
+        if going_on < len(left):
+            ended.append((last[going_on:], after[going_on:]))
+            left, after = left[:going_on], after[:going_on]
+    place = {row: i for i, row in enumerate(order)}
+    back = torch.tensor([place[row] for row in range(len(prompts))], device=ended[0][0].device)
+    hidden = torch.cat([last for last, _ in reversed(ended)])
+    return hidden[back], MambaState.concat([state for _, state in reversed(ended)])[back]
+
+
+def _read(llm: MambaLM, prompts: Sequence[Sequence[int]], state: MambaState | None) -> tuple[Tensor, MambaState]:
+    """Return the hidden state of each row's last token [B, D], and the state after it."""
     device = llm.backbone.embedding.weight.device
-    longest = max(len(prompt) for prompt in prompts)
-    input_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    input_ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         input_ids[row, : len(prompt)] = torch.tensor(prompt)
-    input_ids = input_ids.to(device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    rows = torch.arange(len(prompts), device=device)
-
-    def read(start: int, state: MambaState | None) -> tuple[Tensor, MambaState]:
-        """Read one chunk; return the hidden state of each row's last token in it, and the state after it."""
-        ids = input_ids[:, start : start + chunk]
-        left = (lengths - start).clamp(0, ids.shape[1])
-        hidden, after = llm(llm.embed(ids), state=state, lengths=left)
-        return hidden[rows, (left - 1).clamp(min=0)], after
-
-    last, after = read(0, state)
-    for start in range(chunk, longest, chunk):
-        found, after = read(start, after)
-        last = torch.where((lengths > start)[:, None], found, last)
-    return _next_logits(llm, last), after
+    lengths = lengths.to(device)
+    hidden, after = llm(llm.embed(input_ids.to(device)), state=state, lengths=lengths)
+    return hidden[torch.arange(len(prompts), device=device), lengths - 1], after
 
 
 def decode(

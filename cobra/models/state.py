@@ -14,10 +14,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cobra.config import LLMConfig
 from cobra.errors import CheckpointError, ShapeError
 from cobra.runtime import write_atomically
 
 FORMAT, VERSION = "cobra-mamba-state", "1"  # written into every file; a new layout of the file is a new version
+
+
+def state_bytes(config: LLMConfig) -> int:
+    """The state of one row in fp32, however long the prefix: layers x E x (N + K - 1) numbers."""
+    return 4 * config.num_layers * config.d_inner * (config.d_state + config.d_conv - 1)
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,9 @@ class Counting:
         self.read: list[Path] = []
         self.batches_left = breaks_after
 
+    def prepare_image(self, image: Path) -> Path:
+        return image
+
     def encode_image(self, image: Sequence[Path]) -> Rows:
         self.read += image
         return Rows(list(image))
@@ -129,7 +132,7 @@ class Rows:
 def test_each_image_is_read_once(benchmark: Small, tmp_path: Path) -> None:
     model, store = Counting(), AnswerStore(tmp_path, {}, benchmark, benchmark.questions())
     questions = benchmark.questions()
-    engine.ask(model, questions, store, batch_size=12)
+    engine.ask(engine.Engine(model, 12), questions, store)
     assert len(model.read) == len(set(model.read)) == 24  # three questions each: batches of 12 cut no image
     assert store.answers == {q.id: f"{q.image.stem}: {q.text}" for q in questions}
 
@@ -138,13 +141,13 @@ def test_stopped_evaluation_asks_only_the_rest(benchmark: Small, tmp_path: Path)
     questions, first, second = benchmark.questions(), Counting(breaks_after=3), Counting()
     store = AnswerStore(tmp_path, {"model": "a"}, benchmark, questions)
     with pytest.raises(KeyboardInterrupt):
-        engine.ask(first, questions, store, batch_size=10)  # three images of three questions each
+        engine.ask(engine.Engine(first, 10), questions, store)  # three images of three questions each
     store.close()
     assert len(lines(tmp_path / "predictions.jsonl")) == 27
     with (tmp_path / "predictions.jsonl").open("a") as file:
         file.write('{"question_id": "99/0", "predic')  # a kill in the middle of a line
     store = AnswerStore(tmp_path, {"model": "a"}, benchmark, questions)
-    engine.ask(second, questions, store, batch_size=10)
+    engine.ask(engine.Engine(second, 10), questions, store)
     store.close()
     assert len(first.asked) == 27 and len(second.asked) == 45
     assert lines(tmp_path / "predictions.jsonl") == {q.id: f"{q.image.stem}: {q.text}" for q in questions}

@@ -127,7 +127,7 @@ def test_model_without_the_words_is_refused(
 ) -> None:
     benchmark = configured("vsr", data_root)
     monkeypatch.setattr("cobra.eval.benchmarks.vsr.WORDS", ("True", "Untrueish"))
-    monkeypatch.setattr(engine, "ask", lambda *_: pytest.fail("was asked"))
+    monkeypatch.setattr("cobra.eval.run.ask", lambda *_: pytest.fail("was asked"))
     with pytest.raises(ConfigError, match=r"vsr compares the probabilities of single tokens, .*'Untrueish' is \d tok"):
         evaluate(config_of(trained_run, tmp_path), benchmark)
 
