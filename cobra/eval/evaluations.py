@@ -82,10 +82,10 @@ def _read(folder: Path, rule: str) -> dict[str, dict[str, Scored]]:
     with expecting(folder / "results.json", "the results of scripts/evaluate.py"):
         columns: Mapping[str, Any] = read_json(folder / "results.json")["columns"]
     rows = read_json_lines(file)
-    if rows and rule not in rows[0]:
-        rules = [key for key, value in rows[0].items() if isinstance(value, float)]
-        raise DataError(f"{folder} has no scores by the rule {rule!r}; it has {', '.join(rules)}.")
     with expecting(file, "the scores of scripts/evaluate.py"):
+        if rows and rule not in rows[0]:
+            rules = [key for key, value in rows[0].items() if isinstance(value, float)]
+            raise DataError(f"{folder} has no scores by the rule {rule!r}; it has {', '.join(rules)}.")
         counted = [
             (str(row["question_id"]), Scored(float(row[rule]), row["image"], row["part"]))
             for row in rows

@@ -135,7 +135,7 @@ def _scores(results: Mapping[str, Any], scores: Scores) -> list[str]:
         rows.append(row)
     lines = ["## Scores", "", *table(head, rows)]
     if has_paper:
-        lines += [*_on_the_paper(results, scores, all(is_whole for _, is_whole in found.values())), ""]
+        lines += [*_on_the_paper(results, scores, all(is_whole for value, is_whole in found.values() if value)), ""]
     return lines
 
 
@@ -148,8 +148,8 @@ def _on_the_paper(results: Mapping[str, Any], scores: Scores, is_whole: bool) ->
         chosen = [f"{key}={results[key]}" for key in ("limit", "subset") if results.get(key) is not None]
         reason = f" ({', '.join(chosen)})" if chosen else ""
         lines.append(
-            f"Where no difference is shown, these are not the questions that the paper's number is of{reason}: "
-            "it would be **no fair comparison**."
+            f"Where the paper's number has no difference beside it, it is of other questions than these{reason}: that "
+            "would be **no fair comparison**."
         )
     return lines + [note for (row, column), note in NOTES.items() if row == name and column in scores.columns]
 

@@ -158,6 +158,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, write: Callable[...,
     refused("question 0/0: a saw 0.png, b saw other.png", first, other)
     (other / "scores.jsonl").write_text(lines.replace('"image"', '"picture"'))
     refused("is not the scores of scripts/evaluate.py: a row has no 'image'", first, other)
+    (other / "scores.jsonl").write_text("[1]")
+    refused("is not the scores of scripts/evaluate.py", first, other)
     (other / "scores.jsonl").unlink()
     refused("has no scores.jsonl; the same evaluation again", first, other)
     (other / "scores.jsonl").write_text(lines)
