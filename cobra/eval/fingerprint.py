@@ -16,6 +16,8 @@ from cobra.loading import find_model
 from cobra.models.public import CHECKPOINT, is_public_run
 from cobra.models.sharded import is_sharded
 
+_SAMPLE, _NUM_SAMPLES = 2**14, 2**12  # bytes, pieces: 64 MiB of a large file
+
 
 def model_fingerprint(name: str) -> dict[str, str]:
     """Return digests of the weights and of the config that `cobra.load` reads for a name.
@@ -26,7 +28,8 @@ def model_fingerprint(name: str) -> dict[str, str]:
     folder = find_model(name)
     if is_sharded(folder):
         parts = sorted(file for file in folder.iterdir() if file.suffix == ".distcp")
-        return {"model": _of_files([folder / ".metadata", *parts]), "model config": _of_run(folder)}
+        samples = _of_pieces(piece for file in parts for piece in _samples(file))
+        return {"model": _of_files([folder / ".metadata"]) + samples, "model config": _of_run(folder)}
     if is_public_run(folder):
         weights = folder / CHECKPOINT
     else:
@@ -59,6 +62,16 @@ def _pieces(file: Path) -> Iterable[bytes]:
     with file.open("rb") as stream:
         while piece := stream.read(2**24):
             yield piece
+
+
+def _samples(file: Path) -> Iterable[bytes]:
+    """Yield pieces from all over a file: a training checkpoint is several times its weights, and changes everywhere."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        for start in range(0, size, max(_SAMPLE, size // _NUM_SAMPLES)):
+            stream.seek(start)
+            yield stream.read(_SAMPLE)
+    yield str(size).encode()
 
 
 def _of_pieces(pieces: Iterable[bytes]) -> str:

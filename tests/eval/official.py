@@ -9,8 +9,10 @@ from typing import Any
 import yaml
 from hydra.utils import instantiate
 
+from cobra.config import EvaluateConfig, PathsConfig
 from cobra.eval.benchmark import Benchmark
 
+LIMIT = 24
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "benchmark"
 FOLDERS = {
     "vqav2": "vqa-v2", "gqa": "gqa", "vizwiz": "vizwiz", "textvqa": "text-vqa", "vsr": "vsr", "pope": "pope",
@@ -29,3 +31,20 @@ def predictions_file(assets: Path, name: str) -> Path:
 
 def expected(assets: Path, name: str) -> dict[str, Any]:
     return json.loads(predictions_file(assets, name).with_name("expected.json").read_text())
+
+
+def config_of(run: Path, output: Path, **settings: Any) -> EvaluateConfig:
+    chosen: dict[str, Any] = {"limit": LIMIT, "batch_size": 10, "device": "cpu"} | settings
+    return EvaluateConfig(paths=PathsConfig(), load=str(run), output=str(output), **chosen)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def short(name: str, data_root: Path) -> Any:
+    """The benchmark; the untrained model would write on and on."""
+    benchmark = configured(name, data_root)
+    if hasattr(benchmark, "max_new_tokens"):
+        benchmark.max_new_tokens = 6  # type: ignore[attr-defined]
+    return benchmark

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from official import FOLDERS, configured
+from official import FOLDERS, LIMIT, config_of, configured, rows_of, short
 from PIL import Image
 
 import cobra
-from cobra.config import EvaluateConfig, PathsConfig, ScoreConfig
+from cobra.config import PathsConfig, ScoreConfig
 from cobra.errors import CheckpointError, ConfigError, DataError
 from cobra.eval import engine
 from cobra.eval.benchmark import Choices
@@ -22,29 +22,10 @@ from cobra.eval.gallery import plot_examples, show
 from cobra.eval.run import evaluate
 from cobra.eval.scoring import score
 
-LIMIT = 24
-
 
 @pytest.fixture
 def data_root(assets: Path) -> Path:
     return assets / "fixtures" / "scorers" / "data_root"
-
-
-def config_of(run: Path, output: Path, **settings: Any) -> EvaluateConfig:
-    chosen: dict[str, Any] = {"limit": LIMIT, "batch_size": 10, "device": "cpu"} | settings
-    return EvaluateConfig(paths=PathsConfig(), load=str(run), output=str(output), **chosen)
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-
-
-def short(name: str, data_root: Path) -> Any:
-    """The benchmark; the untrained model would write on and on."""
-    benchmark = configured(name, data_root)
-    if hasattr(benchmark, "max_new_tokens"):
-        benchmark.max_new_tokens = 6  # type: ignore[attr-defined]
-    return benchmark
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -126,7 +107,7 @@ def test_model_without_the_words_is_refused(
     trained_run: Path, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     benchmark = configured("vsr", data_root)
-    monkeypatch.setattr("cobra.eval.benchmarks.vsr.WORDS", ("True", "Untrueish"))
+    monkeypatch.setattr("cobra.eval.benchmarks.vsr.VSR.words", ("True", "Untrueish"))
     monkeypatch.setattr("cobra.eval.run.ask", lambda *_: pytest.fail("was asked"))
     with pytest.raises(ConfigError, match=r"vsr compares the probabilities of single tokens, .*'Untrueish' is \d tok"):
         evaluate(config_of(trained_run, tmp_path), benchmark)

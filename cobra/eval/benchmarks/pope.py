@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 from cobra.config import one_of
-from cobra.eval.benchmark import MEAN, Benchmark, Choices, Prediction, Question, probabilities
+from cobra.eval.benchmark import MEAN, Choices, FreeText, Prediction, Question
 from cobra.eval.files import Source, check_unique, expecting, locate, read_json_lines
-from cobra.eval.rules.binary import areas, confusion, says, share
+from cobra.eval.rules.binary import confusion
+from cobra.eval.two_words import TwoWords
 
 FOLDER = "pope"
 ANNOTATIONS_URL = "https://github.com/AoiDragon/POPE/tree/main/output/coco"
@@ -18,29 +19,33 @@ IMAGES = Source(
     "http://images.cocodataset.org/zips/val2014.zip",
 )
 SPLITS = ("random", "popular", "adversarial")
-WORDS = ("Yes", "No")
+ASK = ("choices", "text")
 
 
 @dataclass
-class Pope(Benchmark):
+class Pope(TwoWords):
     """Accuracy of the likelier of "Yes" and "No" (a tie counts as Yes), per split and the mean of the splits.
 
-    The official evaluate.py reads generated text, the harness compares probabilities; for a model that answers with
-    its likelier word they agree. The files grew: the random split had 2,910 rows in the version that the paper's
-    harness pinned, and has 3,000 today, so no number is expected.
+    The paper's harness compares probabilities. The official evaluate.py reads generated text, which `ask: text` does
+    here; for a model that answers with its likelier word the two agree. The files grew: the random split had 2,910 rows
+    in the version that the paper's harness pinned, and has 3,000 today, so no number is expected.
     """
 
     mean_of_parts: ClassVar[bool] = True
     columns: ClassVar[Mapping[str, str]] = {"POPE": MEAN}
+    words: ClassVar[tuple[str, str]] = ("Yes", "No")
     image_url: ClassVar[str] = IMAGES.url
     data_root: str
     prompt: str
     splits: list[str] = field(default_factory=lambda: list(SPLITS))
+    ask: str = "choices"
     name: str = "pope"
+    max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
         for split in self.splits:
             one_of("benchmark.splits", split, SPLITS)
+        one_of("benchmark.ask", self.ask, ASK)
 
     def questions(self) -> list[Question]:
         """Read the splits; an id is `<split>/<question_id>`."""
@@ -50,6 +55,8 @@ class Pope(Benchmark):
         ]
         paths, images = locate(self.data_root, FOLDER, sources, IMAGES)
         questions: list[Question] = []
+        is_text = self.ask == "text"
+        answer = FreeText(max_new_tokens=self.max_new_tokens) if is_text else Choices(words=self.words)
         for split, path in zip(self.splits, paths, strict=True):
             with expecting(path, "a file of POPE's questions"):
                 questions += [
@@ -57,7 +64,7 @@ class Pope(Benchmark):
                         id=f"{split}/{row['question_id']}",
                         image=images / row["image"],
                         text=self.prompt.replace("{question}", row["text"]),
-                        answer=Choices(words=WORDS),
+                        answer=answer,
                         truth=_is_yes(row),
                         part=split,
                     )
@@ -66,23 +73,20 @@ class Pope(Benchmark):
             check_unique(path, [question.id for question in questions])
         return questions
 
-    def show_truth(self, question: Question) -> str:
-        """The right one of the two words."""
-        return WORDS[0] if question.truth else WORDS[1]
-
-    def score_answer(self, prediction: Prediction, question: Question) -> tuple[float, float]:
-        """Both rules are the same."""
-        score = float(says(probabilities(prediction), *WORDS) == question.truth)
-        return score, score
+    def is_positive(self, prediction: Prediction) -> bool:
+        """Read a text as the official evaluate.py does: no if its first sentence has "No", "no" or "not", else yes."""
+        if not isinstance(prediction, str):
+            return super().is_positive(prediction)
+        words = prediction.partition(".")[0].replace(",", "").split(" ")
+        return not {"No", "no", "not"} & set(words)
 
     def details(
         self, rule: str, questions: Sequence[Question], predictions: Mapping[str, Prediction]
     ) -> dict[str, float | None]:
         """Return precision, recall, F1, the share of yes, and the areas under the curves ("Yes" is positive)."""
-        shares = [share(probabilities(predictions[question.id]), *WORDS) for question in questions]
         true = [cast("bool", question.truth) for question in questions]
-        yes = [says(probabilities(predictions[question.id]), *WORDS) for question in questions]
-        return confusion(yes, true) | areas(shares, true)
+        yes = [self.is_positive(predictions[question.id]) for question in questions]
+        return confusion(yes, true) | super().details(rule, questions, predictions)
 
 
 def _is_yes(row: dict[str, Any]) -> bool:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-from cobra.eval.benchmark import Benchmark, Choices, Prediction, Question, probabilities
+from cobra.eval.benchmark import Choices, Question
 from cobra.eval.files import Source, expecting, locate, read_json_lines
-from cobra.eval.rules.binary import areas, says, share
+from cobra.eval.two_words import TwoWords
 
 FOLDER = "vsr"
 ANNOTATIONS_URL = "https://huggingface.co/datasets/cambridgeltl/vsr_zeroshot"
 IMAGES = Source(("images", "trainval2017"), "https://www.dropbox.com/s/0s3bj25s62crjh2/vsr_images.zip?dl=1")
-WORDS = ("True", "False")
 
 
 @dataclass
-class VSR(Benchmark):
+class VSR(TwoWords):
     """Accuracy of the likelier of "True" and "False"; a tie counts as True."""
 
     columns: ClassVar[Mapping[str, str]] = {"VSR": ""}
     image_url: ClassVar[str] = IMAGES.url
+    words: ClassVar[tuple[str, str]] = ("True", "False")
     data_root: str
     prompt: str
     split: str = "test"  # {split}.jsonl
@@ -37,7 +37,7 @@ class VSR(Benchmark):
                     id=str(number),
                     image=images / row["image"],
                     text=self.prompt.replace("{question}", row["caption"]),
-                    answer=Choices(words=WORDS),
+                    answer=Choices(words=self.words),
                     truth=int(row["label"]) == 1,
                     types={"relation": row["relation"]},
                 )
@@ -47,19 +47,3 @@ class VSR(Benchmark):
     def id_fields(self, question: Question) -> dict[str, Any]:
         """Ids are numbers."""
         return {"question_id": int(question.id)}
-
-    def show_truth(self, question: Question) -> str:
-        """The right one of the two words."""
-        return WORDS[0] if question.truth else WORDS[1]
-
-    def score_answer(self, prediction: Prediction, question: Question) -> tuple[float, float]:
-        """Both rules are the same."""
-        score = float(says(probabilities(prediction), *WORDS) == question.truth)
-        return score, score
-
-    def details(
-        self, rule: str, questions: Sequence[Question], predictions: Mapping[str, Prediction]
-    ) -> dict[str, float | None]:
-        """Return the areas under the curves, "True" being the positive class."""
-        shares = [share(probabilities(predictions[question.id]), *WORDS) for question in questions]
-        return areas(shares, [cast("bool", question.truth) for question in questions])
