@@ -13,7 +13,7 @@ from typing import Any
 from cobra.api import load
 from cobra.config import EvaluateConfig
 from cobra.errors import ConfigError, DataError
-from cobra.eval import report
+from cobra.eval import report, summary
 from cobra.eval.benchmark import Benchmark, Choices, Question, Scores
 from cobra.eval.engine import Answerer, Engine, ask, select, share
 from cobra.eval.fingerprint import model_fingerprint, questions_fingerprint
@@ -75,6 +75,10 @@ def _evaluate(config: EvaluateConfig, benchmarks: Sequence[Benchmark], ranks: Ra
         found, result = _run(config, model, task, store, ranks)
         scores.append(found)
         results.append(result)
+    if len(tasks) > 1 and ranks.is_first:
+        folder = Path(config.output or Path(config.paths.results) / "summary" / _display_name(config))
+        summary.write(folder, results)
+        log.info("All of them: %s, %s", folder / "summary.md", folder / "summary.png")
     return scores
 
 
