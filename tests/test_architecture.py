@@ -30,7 +30,8 @@ ALLOWED = {
     "api": {"generation", "loading"},
     "data": {"text", "ranks"},
     "train": {"models", "data", "describe", "ranks"},
-    "eval": {"api", "data", "ranks"},
+    "integrations": {"api"},
+    "eval": {"api", "data", "ranks", "integrations"},
     "describe": {"config", "models"},
 }
 
@@ -47,11 +48,15 @@ HOMES = {  # library: the only rooms that may import it
     "easy_vqa": {"data"},
     "huggingface_hub": {"hub"},
     "hydra": set(),
-    "transformers": set(),
+    "transformers": {"integrations"},
+    "lmms_eval": {"integrations"},
 }
 
 # Never at module level: what a user may not have, and what is slow to import and rarely needed.
-OPTIONAL = {"wandb", "mamba_ssm", "causal_conv1d", "triton", "easy_vqa", "transformers", "huggingface_hub"}
+OPTIONAL = {"wandb", "mamba_ssm", "causal_conv1d", "triton", "easy_vqa", "transformers", "huggingface_hub", "lmms_eval"}
+
+# Loaded only by the library that it plugs into, whose classes it inherits from.
+PLUGIN = PACKAGE / "integrations" / "lmms_eval" / "model.py"
 
 
 def reachable(room: str) -> set[str]:
