@@ -170,13 +170,14 @@ def hub_commit(name: str) -> str:
         CheckpointError: there is no such model.
     """
     try:
-        from transformers import AutoConfig
+        from transformers.utils import cached_file
     except ImportError as error:
         raise ConfigError(f"transformers:{name} cannot be loaded ({error}); {_NEEDED}.") from None
     try:
-        return str(AutoConfig.from_pretrained(name, trust_remote_code=False)._commit_hash)
+        file = cached_file(name, "config.json")
     except Exception as error:  # of any library below it
         raise _not_loaded(name, error) from None
+    return Path(str(file)).parent.name  # the cache keeps each commit in a folder of this name
 
 
 def _local(name: str) -> str:

@@ -140,3 +140,24 @@ def test_model_without_the_interface(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match="has no encode_image, score, choice_ids;"):
         open_model("python:my_half_a_model:Half")
+
+
+def test_fingerprint_of_a_hub_name_is_the_cached_commit(
+    llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: list[Path]
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789" * 4
+    repository = tmp_path / "models--somebody--tiny-llava"
+    (repository / "snapshots").mkdir(parents=True)
+    (repository / "snapshots" / commit).symlink_to(llava, target_is_directory=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    name = "transformers:somebody/tiny-llava"
+    assert model_fingerprint(name) == {"model": "somebody/tiny-llava", "model config": commit}
+    model = open_model(name, device="cpu")
+    local = open_model(f"transformers:{llava}", device="cpu")
+    answers = [m.generate(m.encode_image(pictures), ["what?"] * 6, max_new_tokens=5) for m in (model, local)]
+    assert answers[0] == answers[1] and model.name == "somebody/tiny-llava"
