@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,10 +25,6 @@ class NamedAnswerer(Answerer[Any], Protocol):
     """A model that the evaluate journey asks; docs/other-models.md says how to write one."""
 
     name: str
-
-    def choice_ids(self, choices: Sequence[str]) -> list[int]:
-        """Return the token of each choice; ConfigError if one is not a single token."""
-        ...
 
 
 def open_model(
@@ -56,13 +52,17 @@ def open_model(
     if not name.startswith((TRANSFORMERS, PYTHON)):
         return load(name, device=device, dtype=dtype, vision=vision, llm=llm)
     if vision or llm:
-        raise ConfigError(f"vision and llm have no effect on {name}; they are settings of Cobra models. Leave them out.")
+        raise ConfigError(
+            f"vision and llm have no effect on {name}; they are settings of Cobra models. Leave them out."
+        )
     if name.startswith(TRANSFORMERS):
         return load_transformers(name.removeprefix(TRANSFORMERS), device=device, dtype=dtype)
     model = _factory(name)(device=device, dtype=dtype)
     lacking = [part for part in ("name", "encode_image", "generate", "score", "choice_ids") if not hasattr(model, part)]
     if lacking:
-        raise ConfigError(f"What {name} returns has no {', '.join(lacking)}; docs/other-models.md lists what is needed.")
+        raise ConfigError(
+            f"What {name} returns has no {', '.join(lacking)}; docs/other-models.md lists what is needed."
+        )
     return model
 
 

@@ -152,7 +152,7 @@ def load_transformers(name: str, *, device: str = "auto", dtype: str = "float32"
     folder = _local(name)
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForImageTextToText.from_pretrained(
+        model: Any = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=getattr(torch, dtype), use_safetensors=True, weights_only=True, trust_remote_code=False
         )
     except Exception as error:  # of any library below it
@@ -170,7 +170,7 @@ def hub_commit(name: str) -> str:
         CheckpointError: there is no such model.
     """
     try:
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
     except ImportError as error:
         raise ConfigError(f"transformers:{name} cannot be loaded ({error}); {_NEEDED}.") from None
     try:
@@ -189,7 +189,7 @@ def _local(name: str) -> str:
 def _not_loaded(name: str, error: Exception) -> CheckpointError:
     lines = str(error).strip().splitlines() or [""]
     return CheckpointError(
-        f"transformers:{name} cannot be loaded ({type(error).__name__}: {lines[0].rstrip('.')}). Give a folder or a Hub "
-        "repository with an image-text-to-text model in safetensors; a model that brings its own code can be wrapped "
-        "as python:MODULE:FACTORY."
+        f"transformers:{name} cannot be loaded ({type(error).__name__}: {lines[0].rstrip('.')}). Give a folder or a "
+        "Hub repository with an image-text-to-text model in safetensors. A model that brings its own code can be "
+        "wrapped as python:MODULE:FACTORY."
     )

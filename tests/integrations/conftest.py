@@ -20,7 +20,7 @@ WORDS = ["Yes", "No", "True"]  # single tokens, with a space before them too
 
 @pytest.fixture(scope="session")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as `save_pretrained` writes it: CLIP of 4 patches, Llama of 2 layers, byte-level tokens and some words."""
+    """A folder as `save_pretrained` writes it: CLIP of 4 patches, Llama of 2 layers, letters as tokens."""
     from transformers import (
         CLIPImageProcessor,
         CLIPVisionConfig,
@@ -56,7 +56,12 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
         ),
         text_config=LlamaConfig(
             vocab_size=len(vocabulary),

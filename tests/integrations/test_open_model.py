@@ -1,4 +1,4 @@
-"""Models by name: of transformers, of the user's own, of Cobra; what their answers depend on; the engine asking them."""
+"""Models by name: of transformers, of the user's own, of Cobra; what answers depend on; the engine asking them."""
 
 from __future__ import annotations
 
