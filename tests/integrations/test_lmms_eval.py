@@ -40,9 +40,8 @@ def shapes(small_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if row.image
     ]
     folder = tmp_path_factory.mktemp("shapes")
-    Dataset.from_list(rows).cast_column("image", Image()).to_parquet(
-        folder / "shapes.parquet", embed_external_files=True
-    )
+    documents = [{**row, "image": {"bytes": Path(row["image"]).read_bytes(), "path": None}} for row in rows]
+    Dataset.from_list(documents).cast_column("image", Image()).to_parquet(folder / "shapes.parquet")
     (folder / "rows.json").write_text(json.dumps(rows))
     return folder
 
@@ -62,6 +61,7 @@ def run(shapes: Path, trained_run: Path, tmp_path: Path) -> Callable[..., tuple[
             *(sys.executable, *launcher, "-m", "lmms_eval", "--model", "cobra"),
             *("--model_args", f"pretrained={trained_run}", "--device", "cpu", "--batch_size", "10"),
             *("--tasks", tasks, "--include_path", str(TASKS), "--log_samples", "--output_path", str(tmp_path)),
+            *("--verbosity", "DEBUG"),  # else an error ends with the exit code 0
             *arguments,
         ]
         folders = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
