@@ -72,7 +72,7 @@ class _CobraModel(lmms):
                     bar.update(len(batch))
         return [result for result in results if result is not None]
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """Return each continuation's log-probability after image and context, and whether it is the greedy one.
 
         White space at a continuation's beginning, which separates it from a plain context, is dropped: Cobra's prompt
@@ -83,7 +83,8 @@ class _CobraModel(lmms):
             for batch in _batches(range(len(requests)), self.batch_size):
                 results += self._likelihoods([requests[i] for i in batch])
                 bar.update(len(batch))
-        return results
+        # Bare pairs, as lmms-eval documents them, reach its scoring as text (0.7.3); what is in a result stays a pair.
+        return [GenerationResult(pair) for pair in results]  # type: ignore[arg-type]
 
     def clean(self) -> None:
         """Free the model, as lmms-eval wants it when all requests are answered."""
