@@ -109,12 +109,12 @@ def test_answers_equal_cobras_own(run: Any, model: Cobra, shapes: Path) -> None:
 
 
 def test_likelihoods_are_the_models_probabilities(run: Any, model: Cobra, shapes: Path) -> None:
-    """All choices are single tokens of this model: their likelihoods differ as `Cobra.score` says."""
+    """All choices are single tokens of this model, so their likelihoods differ as `Cobra.score` says."""
     results, samples = run("shapes_choice", "--force_simple")
     rows = json.loads((shapes / "rows.json").read_text())
     right = 0
     for sample, row in zip(samples["shapes_choice"], rows, strict=True):
-        likelihoods = [found for found, _ in sample["filtered_resps"]]
+        likelihoods = [-float(loss) for loss, _ in sample["filtered_resps"]]
         probabilities = model.score(row["image"], row["question"], CHOICES)
         total = math.log(sum(map(math.exp, likelihoods)))
         assert [math.exp(found - total) for found in likelihoods] == pytest.approx(probabilities, abs=1e-4)

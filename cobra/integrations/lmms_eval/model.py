@@ -73,8 +73,10 @@ class _CobraModel(lmms):
         return [result for result in results if result is not None]
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Return each continuation's log-probability after image and context, and whether it is the greedy one.
+        """Return each continuation's negative log-probability after image and context, and whether it is greedy.
 
+        Negative, although lmms-eval documents the log-probability: its scoring takes the lowest for the likeliest, as
+        its own models return losses.
         White space at a continuation's beginning, which separates it from a plain context, is dropped: Cobra's prompt
         formats bring their own. The end of the answer is not part of it.
         """
@@ -84,7 +86,7 @@ class _CobraModel(lmms):
                 results += self._likelihoods([requests[i] for i in batch])
                 bar.update(len(batch))
         # Bare pairs, as lmms-eval documents them, reach its scoring as text (0.7.3); what is in a result stays a pair.
-        return [GenerationResult(pair) for pair in results]  # type: ignore[arg-type]
+        return [GenerationResult((-found, is_greedy)) for found, is_greedy in results]  # type: ignore[arg-type]
 
     def clean(self) -> None:
         """Free the model, as lmms-eval wants it when all requests are answered."""
