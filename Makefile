@@ -2,11 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-lmms-eval lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
 # Some systems ship python3 without ensurepip; pip then installs into the environment from outside.
 .venv/created:
@@ -32,6 +32,15 @@ demo: .venv/user  ## train the tiny Cobra on easy-VQA, evaluate it, say where th
 test: .venv/dev  ## run the tests
 	$(BIN)/python -m pytest
 
+# lmms-eval pins versions that are not Cobra's, so it has an environment of its own.
+.venv-lmms-eval/created: pyproject.toml
+	$(PYTHON) -m venv .venv-lmms-eval
+	.venv-lmms-eval/bin/python -m pip install --quiet lmms-eval==0.7.3 --editable '.[easyvqa]' pytest
+	@touch $@
+
+test-lmms-eval: .venv-lmms-eval/created  ## run the tests of the lmms-eval plug-in against lmms-eval itself
+	.venv-lmms-eval/bin/python -m pytest tests/integrations/test_lmms_eval.py
+
 lint: .venv/dev  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,5 +50,5 @@ format: .venv/dev  ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove the environment (runs/, results/ and data/ stay)
-	rm -rf .venv
+clean:  ## remove the environments (runs/, results/ and data/ stay)
+	rm -rf .venv .venv-lmms-eval

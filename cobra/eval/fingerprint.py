@@ -29,13 +29,13 @@ def model_fingerprint(name: str) -> dict[str, str]:
     if is_sharded(folder):
         parts = sorted(file for file in folder.iterdir() if file.suffix == ".distcp")
         samples = _of_pieces(piece for file in parts for piece in _samples(file))
-        return {"model": _of_files([folder / ".metadata"]) + samples, "model config": _of_run(folder)}
+        return {"model": files_digest([folder / ".metadata"]) + samples, "model config": _of_run(folder)}
     if is_public_run(folder):
         weights = folder / CHECKPOINT
     else:
         folder = resolve_model_folder(folder)
         weights = folder / "model.safetensors"
-    return {"model": _of_files([weights]), "model config": _of_files([folder / "config.json"])}
+    return {"model": files_digest([weights]), "model config": files_digest([folder / "config.json"])}
 
 
 def questions_fingerprint(questions: Sequence[Question]) -> str:
@@ -53,7 +53,8 @@ def _of_run(checkpoint: Path) -> str:
     return _of_pieces([json.dumps([run.get("model"), training.get("lora")]).encode()])
 
 
-def _of_files(files: Sequence[Path]) -> str:
+def files_digest(files: Sequence[Path]) -> str:
+    """Return a digest of files' contents, in this order."""
     return _of_pieces(piece for file in files for piece in _pieces(file))
 
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cobra.api import load
 from cobra.config import EvaluateConfig
 from cobra.errors import ConfigError, DataError
 from cobra.eval import report, summary
 from cobra.eval.benchmark import Benchmark, Choices, Question, Scores
 from cobra.eval.engine import Answerer, Engine, ask, select, share
-from cobra.eval.fingerprint import model_fingerprint, questions_fingerprint
+from cobra.eval.fingerprint import questions_fingerprint
+from cobra.eval.models import model_fingerprint, open_model
 from cobra.eval.scoring import log_scores
 from cobra.eval.store import AnswerStore
 from cobra.models.sharded import is_sharded
@@ -66,7 +66,7 @@ def _evaluate(config: EvaluateConfig, benchmarks: Sequence[Benchmark], ranks: Ra
     if ranks.is_first:
         ranks.barrier()
     stores = [_open_store(config, task, fingerprint, ranks) for task in tasks]
-    model = load(config.load, device=config.device, dtype=config.dtype, vision=config.vision, llm=config.llm)
+    model = open_model(config.load, device=config.device, dtype=config.dtype, vision=config.vision, llm=config.llm)
     for task in tasks:
         _check_choices(model, task)
     results: list[dict[str, Any]] = []
