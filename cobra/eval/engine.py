@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -24,6 +24,7 @@ from cobra.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
+_BATCH_SIZE = 16  # of a model that says nothing
 _MAX_READERS = 16  # threads that decode and resize images
 
 
@@ -39,17 +40,15 @@ State = TypeVar("State", bound=Rows)
 
 
 class Answerer(Protocol[State]):
-    """What the engine needs of a model; `cobra.Cobra` has it."""
+    """What the engine needs of a model; `cobra.Cobra` has it. Two more methods are used where a model has them.
 
-    def prepare_image(self, image: Path) -> Any:
-        """Do the host's work on an image: read, decode, resize. Called from several threads while the model answers.
-
-        Raises DataError when the image does not decode.
-        """
-        ...
+    `prepare_image(path)` does the host's work on an image (read, decode, resize), in several threads while the model
+    answers; `encode_image` then gets what it returned. `max_batch_size()` says how many questions about as many images
+    should fit into memory at once.
+    """
 
     def encode_image(self, image: list[Any]) -> State:
-        """Read prepared images once; the result can be indexed by a list of image numbers."""
+        """Read images once, given by their paths or prepared; the result can be indexed by a list of image numbers."""
         ...
 
     def generate(self, image: State, prompt: list[str], *, max_new_tokens: int) -> list[str]:
@@ -62,10 +61,6 @@ class Answerer(Protocol[State]):
 
     def choice_ids(self, choices: Sequence[str]) -> list[int]:
         """Return the token ids of words for `score`; ConfigError if one is not a single token."""
-        ...
-
-    def max_batch_size(self) -> int:
-        """Return how many questions about as many images should fit into memory at once."""
         ...
 
 
@@ -123,11 +118,11 @@ class Engine:
 
         Args:
             model: what is asked.
-            batch_size: None: what the model says.
+            batch_size: None: what the model's `max_batch_size` says, or 16.
             skip_broken: leave out questions about images that do not decode, instead of raising DataError.
         """
         self._model = model
-        self.batch_size = batch_size or model.max_batch_size()
+        self.batch_size = batch_size or getattr(model, "max_batch_size", lambda: _BATCH_SIZE)()
         self._skip_broken = skip_broken
         self.broken: list[Path] = []
 
@@ -205,9 +200,10 @@ def _read_ahead(
 ) -> Iterator[tuple[Sequence[Question], dict[Path, Future[Any]]]]:
     """Yield batches with their images, the next one's being read already."""
     ahead: deque[tuple[Sequence[Question], dict[Path, Future[Any]]]] = deque()
+    prepare: Callable[[Path], Any] = getattr(model, "prepare_image", lambda path: path)
     for batch in batches:
         images = dict.fromkeys(question.image for question in batch)
-        ahead.append((batch, {image: pool.submit(model.prepare_image, image) for image in images}))
+        ahead.append((batch, {image: pool.submit(prepare, image) for image in images}))
         if len(ahead) > 1:
             yield ahead.popleft()
     yield from ahead
@@ -241,7 +237,7 @@ def answer(model: Answerer[State], batch: Sequence[Question], prepared: Mapping[
     Args:
         model: what is asked.
         batch: questions about images of `prepared`.
-        prepared: what `model.prepare_image` returned, by path.
+        prepared: what the model's `prepare_image` returned, by path; the path itself if it has none.
     """
     images = list(dict.fromkeys(question.image for question in batch))
     number = {image: i for i, image in enumerate(images)}

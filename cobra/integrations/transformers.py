@@ -45,6 +45,10 @@ class TransformersModel:
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
 
+    def prepare_image(self, image: str | Path) -> Image.Image:
+        """Decode an image. Safe in several threads."""
+        return open_image(image).convert("RGB")
+
     def encode_image(self, image: Sequence[str | Path | Image.Image]) -> Images:
         """Decode images, once for all questions about them; the model itself reads them anew for every question."""
         return Images([open_image(item).convert("RGB") for item in image])

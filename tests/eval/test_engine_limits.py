@@ -159,7 +159,7 @@ def test_several_benchmarks_share_one_model(
     trained_run: Path, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[Any] = []
-    monkeypatch.setattr("cobra.eval.run.load", lambda *a, **k: loads.append(a) or cobra.load(*a, **k))
+    monkeypatch.setattr("cobra.eval.models.load", lambda *a, **k: loads.append(a) or cobra.load(*a, **k))
     benchmarks = [short(name, data_root) for name in ("vsr", "gqa")]
     both = evaluate_all(config_of(trained_run, tmp_path / "both"), benchmarks)
     alone = evaluate(config_of(trained_run, tmp_path / "alone"), benchmarks[1])

@@ -49,7 +49,7 @@ def mixed(pictures: list[Path]) -> Mixed:
 def test_engine_asks_a_transformers_model(llava: Path, mixed: Mixed, tmp_path: Path) -> None:
     model, questions = open_model(f"transformers:{llava}", device="cpu"), mixed.questions()
     store = AnswerStore(tmp_path, {}, mixed, questions)
-    engine.ask(model, questions, store, batch_size=5)
+    engine.ask(engine.Engine(model, 5), questions, store)
     store.close()
     for question in questions:
         image, answer = model.encode_image([question.image]), store.answers[question.id]
@@ -83,7 +83,7 @@ def my_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_documented_example_is_asked(my_model: str, mixed: Mixed, tmp_path: Path) -> None:
     model, questions = open_model(f"python:{my_model}:MyModel", device="cpu"), mixed.questions()
     store = AnswerStore(tmp_path / "answers", {}, mixed, questions)
-    engine.ask(model, questions, store, batch_size=4)
+    engine.ask(engine.Engine(model, 4), questions, store)
     store.close()
     rows = [json.loads(line) for line in (tmp_path / "answers" / "predictions.jsonl").read_text().splitlines()]
     sizes = {f"{i}/0": picture.stat().st_size for i, picture in enumerate(mixed.pictures)}
