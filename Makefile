@@ -30,7 +30,7 @@ demo: .venv/user  ## train the tiny Cobra on easy-VQA, evaluate it, say where th
 	$(BIN)/python scripts/evaluate.py benchmark=easyvqa model=runs/tiny
 
 test: .venv/dev  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
 # lmms-eval pins versions that are not Cobra's, so it has an environment of its own.
 .venv-lmms-eval/created: pyproject.toml

@@ -33,7 +33,9 @@ CONFIGS = ROOT / "configs"
 # The tiny model with its shipped towers and tokenizer, but less of a language model.
 SMALL_MODEL = ["model.llm.d_model=32", "model.llm.num_layers=2", "model.max_length=64", "parallel.device=cpu"]
 
-os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))  # of the scripts that tests start
+# One thread where several processes run tests side by side, which is faster; also of the scripts that tests start.
+NUM_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
+os.environ.setdefault("OMP_NUM_THREADS", str(NUM_THREADS))
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
