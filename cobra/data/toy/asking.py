@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from cobra.data.scenes import COLORS, SHAPES, Item, Scene, scattered_scene
+from cobra.data.scenes import SHAPES, Item, Scene, scattered_scene
 
 SIZE = 64  # pixels along a picture's side, what the tiny towers see
 SIDES = (0.24, 0.42)  # of objects, as a share of SIZE: four of them find room
+COLORS = ("black", "blue", "green", "red", "yellow")  # the five that nobody confuses
 KINDS = tuple(product(COLORS, SHAPES))  # what is "an object" to the benchmarks
 CLOSED = ("yes", "no", "Yes", "No", "True", "False")
 NUM_ANSWERS = 10  # people that answer a question
@@ -57,7 +58,7 @@ def random_kinds(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
     return [KINDS[i] for i in rng.choice(len(KINDS), count, replace=False)]
 
 
-def random_scene(rng: np.random.Generator, num_items: tuple[int, int] = (1, 4)) -> Scene:
+def random_scene(rng: np.random.Generator, num_items: tuple[int, int]) -> Scene:
     """A scene with so many objects, the bounds included."""
     count = int(rng.integers(*num_items, endpoint=True))
     return scattered_scene(rng, random_kinds(rng, count), SIZE, SIDES)
@@ -79,7 +80,7 @@ def ten_answers(answer: str, others: Sequence[str], rng: np.random.Generator) ->
 
 def plausible(answer: str) -> list[str]:
     """Answers that people might confuse with this one."""
-    families = (("yes", "no"), tuple(COLORS), SHAPES, ("0", "1", "2", "3", "4"))
+    families = (("yes", "no"), COLORS, SHAPES, ("0", "1", "2", "3", "4"))
     return next(list(family) for family in families if answer in family)
 
 

@@ -24,7 +24,7 @@ class Toy:
     """What to make: numbers of images, and the seed that they are drawn from. POPE shares those of VQA-v2."""
 
     seed: int = 0
-    train: int = 6000
+    train: int = 8000
     vqav2: int = 100
     gqa: int = 20
     vizwiz: int = 300

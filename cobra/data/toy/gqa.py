@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from cobra.data.scenes import COLORS, SHAPES, Item, Scene
+from cobra.data.scenes import SHAPES, Item, Scene
 from cobra.data.toy.asking import (
+    COLORS,
     KINDS,
     Asked,
     distinct_numbers,

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cobra.data.scenes import COLORS, scattered_scene
+from cobra.data.scenes import scattered_scene
 from cobra.data.toy.asking import (
+    COLORS,
     SIZE,
     Asked,
     distinct_numbers,
@@ -21,7 +22,7 @@ from cobra.data.toy.asking import (
 )
 
 FOLDER = "text-vqa"
-WORDS = ("bus", "cat", "cup", "dog", "hat", "key", "map", "pen", "sun", "tea")
+WORDS: tuple[str, ...] = ("bus", "cat", "cup", "dog", "hat", "key", "map", "pen", "sun", "tea")
 NUM_SIGNS = 3
 SIDES = (0.31, 0.42)  # of a sign, as a share of the picture's side
 FONT_SIZE = 12  # pixels
@@ -39,9 +40,9 @@ class Signs:
 
 def signs(rng: np.random.Generator) -> Signs:
     """Draw signs of different colours, with words and on one of them perhaps a number, and ask about them."""
-    colors = shuffled(list(COLORS), rng)[:NUM_SIGNS]
+    colors = shuffled(COLORS, rng)[:NUM_SIGNS]
     scene = scattered_scene(rng, [(color, "rectangle") for color in colors], SIZE, SIDES)
-    texts = shuffled(WORDS, rng)[:NUM_SIGNS]
+    texts: list[str] = shuffled(WORDS, rng)[:NUM_SIGNS]
     number = str(rng.integers(10, 100))
     if rng.random() < 0.5:
         texts[int(rng.integers(NUM_SIGNS))] = number

@@ -15,8 +15,9 @@ from cobra.data.toy.prompts import ask
 
 ANNOTATIONS = "train.json"
 IMAGES = "train_images"
-SHARES = {"scene": 0.7, "photo": 0.1, "signs": 0.2}  # of the images
-ROWS = {"gqa": 3, "vqav2": 3, "pope": 2, "vsr": 2}  # per scene; of RefCOCO one per set
+SHARES = {"scene": 0.75, "photo": 0.1, "signs": 0.15}  # of the images
+ROWS = {"gqa": 2, "vqav2": 2, "pope": 2, "vsr": 1}  # per scene; of RefCOCO one per set
+NUM_ITEMS = {1: 0.3, 2: 0.3, 3: 0.25, 4: 0.15}  # simple scenes come first in what is learnt
 
 Row = tuple[str, str]  # message and answer
 
@@ -44,8 +45,16 @@ def write(folder: Path, num_images: int, rng: np.random.Generator) -> None:
 
 
 def _scene(rng: np.random.Generator) -> tuple[Image.Image, list[Row]]:
-    scene = random_scene(rng)
-    return scene.image(), [*_questions(scene, rng), *_boxes(scene, rng)]
+    count = int(rng.choice(list(NUM_ITEMS), p=list(NUM_ITEMS.values())))
+    scene = random_scene(rng, (count, count))
+    return scene.image(), [*_lists(scene), *_questions(scene, rng), *_boxes(scene, rng)]
+
+
+def _lists(scene: Scene) -> Iterator[Row]:
+    """Say what there is to see. No benchmark asks this; a state that holds all of it can answer what they ask."""
+    for axis, order in enumerate(("left to right", "top to bottom")):
+        items = sorted(scene.items, key=lambda item: item.center[axis])
+        yield f"List all objects from {order}.", ", ".join(item.name for item in items)
 
 
 def _questions(scene: Scene, rng: np.random.Generator) -> Iterator[Row]:
@@ -77,8 +86,9 @@ def _photo(rng: np.random.Generator) -> tuple[Image.Image, list[Row]]:
 def _signs(rng: np.random.Generator) -> tuple[Image.Image, list[Row]]:
     drawn = textvqa.signs(rng)
     read = ", ".join(drawn.texts)
-    orders = ("ocr_first", "ocr_last", "no_ocr")
-    return drawn.image, [(ask(order, asked.question, read), asked.answer) for asked in drawn.asked for order in orders]
+    orders = [str(order) for order in rng.choice(["ocr_first", "ocr_last", "no_ocr"], len(drawn.asked))]
+    rows = [(ask(order, one.question, read), one.answer) for order, one in zip(orders, drawn.asked, strict=True)]
+    return drawn.image, rows
 
 
 _MAKERS = {"scene": _scene, "photo": _photo, "signs": _signs}

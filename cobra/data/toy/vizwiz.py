@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from cobra.data.scenes import COLORS, SHAPES
-from cobra.data.toy.asking import SIZE, Asked, random_scene, save_image, shuffled, ten_answers, write_json
+from cobra.data.scenes import SHAPES
+from cobra.data.toy.asking import COLORS, SIZE, Asked, random_scene, save_image, shuffled, ten_answers, write_json
 
 FOLDER = "vizwiz"
 UNANSWERABLE = "unanswerable"

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cobra.data.scenes import COLORS, SHAPES, Scene
+from cobra.data.scenes import SHAPES, Scene
 from cobra.data.toy.asking import (
+    COLORS,
     KINDS,
     Asked,
     distinct_numbers,
