@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
+from cobra.data import dataset
 from cobra.data.conversations import read_rows
 from cobra.data.toy import Toy, prepare
 from cobra.data.toy.prompts import PROMPTS
 from cobra.errors import ConfigError, DataError
+from cobra.text.prompt import prompt_format
 from cobra.text.tokenizer import Tokenizer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -149,6 +151,17 @@ def test_toys_tokenizer_spells_numbers_and_nothing_else(toy: Path, tiny_config: 
             assert len(words) == 1 or any(letter.isdigit() for letter in answer) or " " in answer
     for word in ("Yes", "No", "True", "False"):
         tokenizer.single_id(word)
+
+
+def test_training_makes_what_it_misses(tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dataset._MAKERS, "toy", lambda folder: prepare(folder, SMALL))
+    config = tiny_config("+experiment=tiny-toy", f"paths.data={tmp_path}")
+    tokenizer, prompt = Tokenizer(ASSETS / "toy-tokenizer.json"), prompt_format("mamba")
+    rows = dataset.open_data(
+        config.data, tokenizer, prompt, lambda image: [], max_length=config.model.max_length, captions_only=False
+    )
+    assert (tmp_path / "toy" / "toy.json").is_file()
+    assert rows.num_rows == len(read_rows(tmp_path / "toy" / "train.json"))
 
 
 def test_foreign_folder_is_left_alone(tmp_path: Path) -> None:
