@@ -35,7 +35,13 @@ def best_constants(
         parts[question.part].append(question)
     found: dict[str, tuple[str, float]] = {}
     for part, asked in parts.items():
-        constants = boxes if isinstance(asked[0].answer, Box) else others
+        match asked[0].answer:
+            case Choices(words=words):
+                constants = list(words)
+            case Box():
+                constants = boxes
+            case _:
+                constants = others
         tried = ((_mean(benchmark, asked, constant), constant) for constant in constants[:NUM_CONSTANTS])
         score, constant = max(tried, key=lambda one: one[0])
         found[part] = constant, 100 * score
@@ -62,7 +68,7 @@ class SimilarQuestions:
         answers: dict[str, Counter[str]] = defaultdict(Counter)
         for message, answer in known:
             answers[message][answer] += 1
-        self._answers = list(answers.values())
+        self._answers: list[Counter[str]] = list(answers.values())
         rows: dict[str, list[int]] = defaultdict(list)
         for number, message in enumerate(answers):
             for word in _words(message):
@@ -85,7 +91,7 @@ class SimilarQuestions:
             shared[self._rows[word]] += 1
         nearest = np.argsort(-shared / (self._sizes + len(words) - shared), kind="stable")
         found: Counter[str] = Counter()
-        for number in nearest:
+        for number in nearest.tolist():
             found.update(self._answers[number])
             if found.total() >= NUM_SIMILAR:
                 break

@@ -47,14 +47,17 @@ def write(folder: Path, num_images: int, rng: np.random.Generator) -> None:
 def _scene(rng: np.random.Generator) -> tuple[Image.Image, list[Row]]:
     count = int(rng.choice(list(NUM_ITEMS), p=list(NUM_ITEMS.values())))
     scene = random_scene(rng, (count, count))
-    return scene.image(), [*_lists(scene), *_questions(scene, rng), *_boxes(scene, rng)]
+    return scene.image(), [*_descriptions(scene, rng), *_questions(scene, rng), *_boxes(scene, rng)]
 
 
-def _lists(scene: Scene) -> Iterator[Row]:
-    """Say what there is to see. No benchmark asks this; a state that holds all of it can answer what they ask."""
+def _descriptions(scene: Scene, rng: np.random.Generator) -> Iterator[Row]:
+    """Say what there is to see, and where. No benchmark asks this; who knows all of it can answer what they ask."""
     for axis, order in enumerate(("left to right", "top to bottom")):
         items = sorted(scene.items, key=lambda item: item.center[axis])
         yield f"List all objects from {order}.", ", ".join(item.name for item in items)
+    item = scene.items[int(rng.integers(len(scene.items)))]
+    column, row = (int(3 * edge / scene.size) for edge in item.center)
+    yield f"Where is the {item.name}?", f"{('top', 'middle', 'bottom')[row]} {('left', 'center', 'right')[column]}"
 
 
 def _questions(scene: Scene, rng: np.random.Generator) -> Iterator[Row]:
