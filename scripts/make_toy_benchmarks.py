@@ -22,7 +22,7 @@ from cobra.eval.blind import SimilarQuestions, best_constants
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 BENCHMARKS = ("vqav2", "gqa", "vizwiz", "textvqa", "vsr", "pope", "refcoco")  # the last one is three
 NEXT = """
-Train a tiny model on {out}/train.json, about 15 minutes on two idle CPU cores:
+Train a tiny model on {out}/train.json (docs/toy.md has times and results):
   COBRA_DATA={data} python scripts/pretrain.py +experiment=tiny-toy
 Evaluate it on each of them:
   python scripts/evaluate.py --multirun benchmark={benchmarks} data_root={out} model=runs/tiny-toy"""
