@@ -25,7 +25,7 @@ NEXT = """
 Train a tiny model on {out}/train.json (docs/toy.md has times and results):
   COBRA_DATA={data} python scripts/pretrain.py +experiment=tiny-toy
 Evaluate it on each of them:
-  python scripts/evaluate.py --multirun benchmark={benchmarks} data_root={out} model=runs/tiny-toy"""
+  COBRA_DATA={out} python scripts/evaluate.py --multirun benchmark={benchmarks} model=runs/tiny-toy"""
 
 
 def open_benchmark(name: str, data_root: Path) -> Benchmark:
