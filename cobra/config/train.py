@@ -40,7 +40,7 @@ class DataConfig:
     images: str | None = None  # folder that the rows' image paths start from
     mix: dict[str, DataSetConfig] = field(default_factory=dict[str, DataSetConfig])
     index: str = "data/index"  # folder for the memory-mapped indexes that are made of annotation files
-    source: str | None = None  # "easyvqa": made from the PyPI package when the annotations are not there yet
+    source: str | None = None  # "easyvqa" (a PyPI package) | "toy" (rendered): made when the annotations are not there
     rows_per_image: int = 1  # rows of the same image that share one reading of it in a step
     check: str = "exists"  # before training, every image: "exists" | "decode"
     on_bad_example: str = "error"  # a bad row or image: "error" ends the run | "skip" leaves it out and counts it
@@ -49,7 +49,7 @@ class DataConfig:
         one_of("data.check", self.check, ("exists", "decode"))
         one_of("data.on_bad_example", self.on_bad_example, ("error", "skip"))
         if self.source is not None:
-            one_of("data.source", self.source, ("easyvqa",))
+            one_of("data.source", self.source, ("easyvqa", "toy"))
         positive("data.rows_per_image", self.rows_per_image)
         if bool(self.mix) == (self.annotations is not None):
             raise ConfigError("data: give either `annotations` with `images`, or several data sets in `mix`.")

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from cobra.config import DataConfig
-from cobra.data import easyvqa
+from cobra.data import easyvqa, toy
 from cobra.data.batch import Example
 from cobra.data.conversations import Row
 from cobra.data.health import usable_rows
@@ -30,6 +30,7 @@ from cobra.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+_MAKERS = {"easyvqa": easyvqa.prepare, "toy": toy.prepare}  # by data.source
 Transform = Callable[[Image.Image], list[Tensor]]
 
 
@@ -181,8 +182,8 @@ def open_data(
     sets: list[DataSet] = []
     for name, part in config.sets.items():
         annotations, images = Path(part.annotations).expanduser(), Path(part.images).expanduser()
-        if config.source == "easyvqa" and annotations.name == "train.json" and not annotations.exists():
-            easyvqa.prepare(annotations.parent)
+        if config.source is not None and annotations.name == "train.json" and not annotations.exists():
+            _MAKERS[config.source](annotations.parent)
         index = open_index(annotations, name, Path(config.index))
         if captions_only:
             _check_no_text(index, annotations)

@@ -13,8 +13,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
+from cobra.data.made import make_once, whole_folder
 from cobra.errors import DataError
 
 
@@ -26,13 +25,7 @@ def prepare(folder: Path) -> None:
     Raises:
         DataError: the package is not installed, or the folder holds something else (which stays as it is).
     """
-    folder = folder.expanduser().resolve()
-    if _is_there(folder):
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(folder.name + ".lock")):
-        if not _is_there(folder):
-            _prepare(folder)
+    make_once(folder, _is_there, _prepare)
 
 
 def _is_there(folder: Path) -> bool:
@@ -40,10 +33,6 @@ def _is_there(folder: Path) -> bool:
 
 
 def _prepare(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(
-            f"{folder} is not empty and holds no easy-VQA; choose another paths.data, or empty it yourself."
-        )
     if util.find_spec("easy_vqa") is None:
         raise DataError("easy-VQA comes with a PyPI package that is not installed: pip install easy-vqa")
     import easy_vqa
@@ -52,17 +41,13 @@ def _prepare(folder: Path) -> None:
         "train": (easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
         "test": (easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()),
     }
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    for split, (questions, images) in splits.items():
-        (temporary / "images" / split).mkdir(parents=True)
-        for image_id, path in images.items():
-            shutil.copyfile(path, temporary / "images" / split / f"{image_id}.png")
-        rows = conversations(split, *questions)
-        (temporary / f"{split}.json").write_text(json.dumps(rows), encoding="utf-8")
-    if folder.exists():
-        folder.rmdir()  # it is empty
-    temporary.rename(folder)
+    with whole_folder(folder, "easy-VQA") as temporary:
+        for split, (questions, images) in splits.items():
+            (temporary / "images" / split).mkdir(parents=True)
+            for image_id, path in images.items():
+                shutil.copyfile(path, temporary / "images" / split / f"{image_id}.png")
+            rows = conversations(split, *questions)
+            (temporary / f"{split}.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
 def conversations(

@@ -3,8 +3,11 @@
 The tiny vision towers learn from them. A scene is a pure function of a NumPy generator, so a seed names a data set.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, exp, floor, log, sqrt
+from math import ceil, exp, floor, hypot, log, sqrt
 
 import numpy as np
 from PIL import Image
@@ -29,6 +32,7 @@ OVERSAMPLE = 4  # sample points along a pixel's side: an edge pixel has one of 1
 SHADE = 16  # a painted channel lies at most this far from its named colour
 LIGHT = 226  # every channel of a background is at least this bright
 SIDES = (0.12, 0.55)  # shortest and longest side of an object, as a share of the picture's side
+TRIES = 40  # places tried for an object before the whole scene is begun again
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,27 @@ class Item:
     color: str
     rgb: RGB
     box: tuple[float, float, float, float]
+
+    @property
+    def name(self) -> str:
+        """Colour and shape."""
+        return f"{self.color} {self.shape}"
+
+    @property
+    def center(self) -> tuple[float, float]:
+        """The middle of the box, x and y."""
+        left, top, right, bottom = self.box
+        return (left + right) / 2, (top + bottom) / 2
+
+    @property
+    def area(self) -> float:
+        """The area of the box."""
+        left, top, right, bottom = self.box
+        return (right - left) * (bottom - top)
+
+    def gap(self, other: Item) -> float:
+        """The distance between two boxes, 0 where they touch or overlap."""
+        return hypot(*(max(0.0, self.box[i] - other.box[i + 2], other.box[i] - self.box[i + 2]) for i in range(2)))
 
     def coverage(self, size: int) -> np.ndarray:
         """The share of each pixel that the object covers, in a picture of `size` pixels: float64 [size, size]."""
@@ -100,9 +125,13 @@ def random_item(rng: np.random.Generator, size: int) -> Item:
     """One object of any shape, colour, size and place that lies wholly in a picture of `size` pixels."""
     shape = str(rng.choice(SHAPES))
     color = str(rng.choice(list(COLORS)))
+    return _place(rng, shape, color, size, SIDES)
+
+
+def _place(rng: np.random.Generator, shape: str, color: str, size: int, sides: tuple[float, float]) -> Item:
     rgb = _rgb(COLORS[color] + rng.integers(-SHADE, SHADE, 3, endpoint=True))
     # Uniform on a logarithmic scale, for many small objects: they are the hard ones to tell apart.
-    width, height = (size * exp(rng.uniform(log(SIDES[0]), log(SIDES[1]))) for _ in range(2))
+    width, height = (size * exp(rng.uniform(log(sides[0]), log(sides[1]))) for _ in range(2))
     if shape == "circle":
         height = width
     elif shape == "triangle":
@@ -113,5 +142,33 @@ def random_item(rng: np.random.Generator, size: int) -> Item:
 
 def random_scene(rng: np.random.Generator, size: int = 64) -> Scene:
     """A scene with one random object on a random light background."""
-    background = _rgb(rng.integers(LIGHT, 255, 3, endpoint=True))
+    background = _background(rng)
     return Scene((random_item(rng, size),), background, size)
+
+
+def scattered_scene(
+    rng: np.random.Generator, kinds: Sequence[tuple[str, str]], size: int, sides: tuple[float, float]
+) -> Scene:
+    """A scene whose objects do not touch each other.
+
+    Args:
+        rng: draws places, sizes and shades.
+        kinds: colour and shape of each object.
+        size: side of the picture in pixels.
+        sides: shortest and longest side of an object, as a share of the picture's side.
+    """
+    background = _background(rng)
+    while True:  # objects that were placed badly leave no room for the others
+        items: list[Item] = []
+        for color, shape in kinds:
+            places = (_place(rng, shape, color, size, sides) for _ in range(TRIES))
+            found = next((item for item in places if all(item.gap(other) >= 1 for other in items)), None)
+            if found is None:
+                break
+            items.append(found)
+        else:
+            return Scene(tuple(items), background, size)
+
+
+def _background(rng: np.random.Generator) -> RGB:
+    return _rgb(rng.integers(LIGHT, 255, 3, endpoint=True))

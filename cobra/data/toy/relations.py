@@ -1,0 +1,56 @@
+"""Spatial relations of two objects: true, false, or too close to call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from cobra.data.scenes import Item, Scene
+
+MARGIN = 0.14  # of the picture's side, between two centres that count as one left of the other
+NEAR, FAR = 0.08, 0.25  # of the picture's side: at most, and at least, this gap
+
+
+def _along(axis: int, sign: int) -> Callable[[Item, Item, int], bool | None]:
+    def holds(one: Item, other: Item, size: int) -> bool | None:
+        distance = sign * (other.center[axis] - one.center[axis])
+        return None if abs(distance) < MARGIN * size else distance > 0
+
+    return holds
+
+
+def _close(one: Item, other: Item, size: int) -> bool | None:
+    gap = one.gap(other) / size
+    return True if gap <= NEAR else False if gap >= FAR else None
+
+
+def _distant(one: Item, other: Item, size: int) -> bool | None:
+    is_close = _close(one, other, size)
+    return None if is_close is None else not is_close
+
+
+DIRECTIONS: dict[str, Callable[[Item, Item, int], bool | None]] = {
+    "left of": _along(0, 1),
+    "right of": _along(0, -1),
+    "above": _along(1, 1),
+    "below": _along(1, -1),
+}
+RELATIONS = DIRECTIONS | {"near": _close, "far from": _distant}
+PHRASES = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
+
+
+def pairs(scene: Scene) -> Iterator[tuple[Item, Item]]:
+    """Yield every two objects, in both orders."""
+    return ((one, other) for one in scene.items for other in scene.items if one is not other)
+
+
+def extreme(scene: Scene, direction: str) -> Item | None:
+    """Return the object that stands in this direction of all others, by a clear distance."""
+    holds = DIRECTIONS[direction]
+    return next(
+        (
+            item
+            for item in scene.items
+            if len(scene.items) > 1 and all(holds(item, one, scene.size) for one in scene.items if one is not item)
+        ),
+        None,
+    )
