@@ -89,9 +89,9 @@ class SimilarQuestions:
         shared = np.zeros(len(self._sizes))
         for word in words & self._rows.keys():
             shared[self._rows[word]] += 1
-        nearest = np.argsort(-shared / (self._sizes + len(words) - shared), kind="stable")
+        nearest: list[int] = np.argsort(-shared / (self._sizes + len(words) - shared), kind="stable").tolist()
         found: Counter[str] = Counter()
-        for number in nearest.tolist():
+        for number in nearest:
             found.update(self._answers[number])
             if found.total() >= NUM_SIMILAR:
                 break
