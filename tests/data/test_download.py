@@ -12,6 +12,7 @@ from file_server import Mirror, serving
 
 from cobra.data.prepare import transfer
 from cobra.data.prepare.download import RemoteFile, download, is_complete, remote_sizes
+from cobra.data.prepare.partial import Partial
 from cobra.errors import DataError
 
 CONTENT = random.Random(0).randbytes(300_000)
@@ -119,6 +120,37 @@ def test_full_disk_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert mirror.sent == 1
         download(files[:1])
         download(files)  # one is there: the other fits
+
+
+def test_disk_that_fills_up_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    mirror = Mirror({"a": CONTENT}, etags={"a": '"1"'})
+    with serving(mirror):
+        file = RemoteFile(urls=(mirror.url("a"),), target=tmp_path / "a", size=len(CONTENT))
+        with monkeypatch.context() as patch, pytest.raises(DataError, match="a cannot be written: No space left"):
+            patch.setattr(Partial, "add", full)
+            download([file])
+        download([file])
+    assert file.target.read_bytes() == CONTENT
+
+
+def test_fetched_but_ended_before_it_had_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(*_: object) -> None:
+        raise OSError(4, "ended here")
+
+    mirror = Mirror({"a": CONTENT}, etags={"a": '"1"'})
+    with serving(mirror):
+        file = RemoteFile(urls=(mirror.url("a"),), target=tmp_path / "a", size=len(CONTENT), checksum=SHA256)
+        with monkeypatch.context() as patch, pytest.raises(DataError, match="ended here"):
+            patch.setattr(Partial, "finish", end)
+            download([file])
+    assert not file.target.exists()
+    download([file])  # no server is left to ask
+    assert file.target.read_bytes() == CONTENT
+    (tmp_path / ".a.verified").unlink()  # ended just before that was written
+    assert is_complete(file)
 
 
 @pytest.mark.parametrize("checksum", [SHA256, None])

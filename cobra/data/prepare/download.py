@@ -163,7 +163,11 @@ def _fetch(file: RemoteFile, sources: Sources, connections: int, stop: threading
             if not is_complete(file):
                 with bar.named(file.target.name):
                     part = Partial(file.target, file.size, file.checksum, bar.add)
-                    fetch(file.urls, part, sources, connections=connections, stop=stop)
+                    try:
+                        fetch(file.urls, part, sources, connections=connections, stop=stop)
+                    except BaseException:
+                        part.save()
+                        raise
                     part.finish()
                 _seal(file)
             return

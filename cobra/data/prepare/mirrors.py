@@ -59,7 +59,7 @@ def fetch(urls: Sequence[str], part: Partial, sources: Sources, *, connections: 
             if restarts[url] > _MAX_RESTARTS:
                 reasons[url] = f"{error} ({restarts[url]} times)"
                 mirrors.popleft()
-            elif isinstance(error, IgnoresRanges) and restarts[url] == 1 and len(mirrors) > 1 and part.checksum:
+            elif isinstance(error, IgnoresRanges) and restarts[url] == 1 and len(mirrors) > 1:
                 mirrors.rotate(-1)  # the others can go on from here
             else:
                 part.drop()

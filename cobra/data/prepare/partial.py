@@ -107,9 +107,9 @@ class Partial:
                 "checksum": self.checksum,
                 "total": self.total,
                 "ranges": self._ranges,
-                "validators": self.validators,
+                "validators": dict(self.validators),
                 "sources": sorted(self.sources),
-                "bad": self.bad,
+                "bad": dict(self.bad),
                 "one_source": self.one_source,
             }
             self._unsaved = False
@@ -123,7 +123,7 @@ class Partial:
             notes: dict[str, Any] = json.loads(self._notes.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return
-        if notes["format"] != _FORMAT or [notes["size"], notes["checksum"]] != [self.size, self.checksum]:
+        if notes.get("format") != _FORMAT or [notes["size"], notes["checksum"]] != [self.size, self.checksum]:
             return
         self.bad, self.one_source = notes["bad"], notes["one_source"]
         if self.checksum is None and not notes["validators"]:

@@ -65,7 +65,7 @@ class Transfer:
                     done, pending = wait(self._futures, 0 if behind else 0.1, FIRST_EXCEPTION)
                     for future in done:
                         future.result()
-                    if not pending and len(done) == len(self._futures):
+                    if self._stop.is_set() or (not behind and not pending and len(done) == len(self._futures)):
                         break
                     if time.monotonic() - saved > _SAVE_EVERY:
                         self._part.save()
