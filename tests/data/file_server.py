@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -42,6 +42,10 @@ class Mirror:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     mirror: Mirror
+
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # the other side has gone, between two requests
+            super().handle()
 
     def log_message(self, format: str, *args: object) -> None:
         pass

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections import Counter
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
 from cobra.data.prepare.partial import Partial, Range
 from cobra.data.prepare.sources import Answer, Interrupted, Refused, Sources
 
-ATTEMPTS = 6  # in a row without a byte, until a mirror is left for the next
+ATTEMPTS = 6  # of a connection without a byte on any, until a mirror is left for the next
 SEGMENT = 64 * 2**20  # bytes asked for at once where several connections share a file
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between attempts
@@ -44,7 +45,7 @@ class Transfer:
         self._connections, self._stop = connections, stop
         self._lock = threading.Lock()
         self._claimed: dict[int, Range] = {}  # by thread
-        self._failures = 0
+        self._failures: Counter[int] = Counter()  # by thread, since the last byte of any
         self._futures: list[Future[None]] = []
         self._over = False
 
@@ -118,7 +119,7 @@ class Transfer:
                     self._part.add(position, position + written)
                     position += written
                     if not answer.whole:  # a whole file that breaks off has to begin again: no progress
-                        self._failures = 0
+                        self._failures.clear()
             if self._ending():
                 return
             if end is None:
@@ -160,8 +161,8 @@ class Transfer:
 
     def _wait_after(self, error: Interrupted) -> None:
         with self._lock:
-            self._failures += 1
-            failures = self._failures
+            self._failures[threading.get_ident()] += 1
+            failures = self._failures[threading.get_ident()]
         if failures >= ATTEMPTS:
             raise Refused(f"{error} ({failures} attempts)") from None
         pause = max(error.wait, min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (failures - 1)) * random.uniform(0.5, 1.5))
