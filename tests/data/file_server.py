@@ -19,6 +19,7 @@ class Mirror:
 
     files: dict[str, bytes]
     ranges: bool = True
+    sized: bool = True  # False: the end of the connection is the end of the file
     etags: dict[str, str] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)  # in each answer with content
     statuses: list[tuple[int, dict[str, str]]] = field(default_factory=list)  # of the next answers
@@ -73,7 +74,8 @@ class _Handler(BaseHTTPRequestHandler):
             status = 206 if start < len(content) else 416
             headers["Content-Range"] = f"bytes {f'{start}-{stop - 1}' if status == 206 else '*'}/{len(content)}"
         body = memoryview(content)[start:stop] if status != 416 else memoryview(b"")
-        self.answer(status, {"Content-Length": str(len(body)), **headers})
+        self.answer(status, headers | ({"Content-Length": str(len(body))} if mirror.sized else {}))
+        self.close_connection = not mirror.sized
         self.send(body)
 
     def answer(self, status: int, headers: dict[str, str]) -> None:
@@ -85,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
     def send(self, body: memoryview) -> None:
         mirror = self.mirror
         with mirror.lock:
-            cut = mirror.cuts > 0 and len(body) > 0
+            cut = mirror.cuts > 0 and len(body) > 1
             mirror.cuts -= cut
             length = mirror.rng.randrange(len(body)) if cut else len(body)
             mirror.connections += 1

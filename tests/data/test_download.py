@@ -202,6 +202,20 @@ def _recording(waits: list[float]) -> object:
     return init
 
 
+def test_server_that_does_not_say_how_large_the_file_is(tmp_path: Path) -> None:
+    mirror = Mirror({"a": CONTENT}, ranges=False, sized=False, cuts=1)
+    with serving(mirror):
+        urls = (mirror.url("a"),)
+        download([RemoteFile(urls=urls, target=tmp_path / "a", size=len(CONTENT))])
+        download([RemoteFile(urls=urls, target=tmp_path / "b", checksum=SHA256)])
+        with pytest.raises(DataError, match="neither how large the file is nor where it ends"):
+            download([RemoteFile(urls=urls, target=tmp_path / "c")])
+        with pytest.raises(DataError, match="the file there has 300000 bytes, not 299999"):
+            download([RemoteFile(urls=urls, target=tmp_path / "d", size=len(CONTENT) - 1)])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == CONTENT
+    assert not (tmp_path / "c").exists() and not (tmp_path / "d").exists()
+
+
 def test_redirections_stay_on_the_web(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("secret")

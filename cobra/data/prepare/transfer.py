@@ -85,7 +85,8 @@ class Transfer:
             except Interrupted as error:
                 self._wait_after(error)
             finally:
-                self._claimed.pop(threading.get_ident(), None)
+                with self._lock:
+                    del self._claimed[threading.get_ident()]
 
     def _ending(self) -> bool:
         return self._over or self._stop.is_set()
@@ -96,8 +97,10 @@ class Transfer:
             if gap is None:
                 return None
             start, stop = gap
-            if stop < 0 or self._connections > 1:
-                stop = min(start + SEGMENT, stop) if stop > 0 else start + SEGMENT
+            if stop < 0:  # not known yet; the answer will tell
+                stop = start + SEGMENT
+            elif self._connections > 1:
+                stop = min(start + SEGMENT, stop)
             self._claimed[threading.get_ident()] = start, stop
             return start, stop
 
@@ -105,44 +108,51 @@ class Transfer:
         with self._sources.open(self._url, start, stop, self._part.validators.get(self._url)) as answer:
             self._examine(answer, start)
             self._add_connections(answer)
-            position = answer.start
-            end = self._part.total if answer.whole else min(stop, answer.total or 0)
-            with self._part.path.open("r+b", buffering=0) as file:  # unbuffered: what is noted has been written
-                file.seek(position)
-                while (end is None or position < end) and not self._ending():
-                    block = memoryview(answer.read())[: None if end is None else end - position]
-                    if not block:
-                        break
-                    written = file.write(block)
-                    while written < len(block):
-                        written += file.write(block[written:])
-                    self._part.add(position, position + written)
-                    position += written
-                    if not answer.whole:  # a whole file that breaks off has to begin again: no progress
-                        self._failures.clear()
+            end = answer.total if answer.whole else min(stop, answer.total or 0)
+            position = self._copy(answer, end)
             if self._ending():
                 return
-            if end is None:
+            expected = self._part.total if end is None else end
+            if expected is None:
                 self._part.total = position
-            elif position < end:
-                raise Interrupted(f"the connection ended {end - position} bytes early")
+            elif position < expected:
+                raise Interrupted(f"the connection ended {expected - position} bytes early")
+            elif position > expected:
+                raise StartOver(f"the file there has {position} bytes, not {expected}")
+
+    def _copy(self, answer: Answer, end: int | None) -> int:
+        """Write what arrives up to `end` and note it at once; return the position after the last byte."""
+        position = answer.start
+        with self._part.path.open("r+b", buffering=0) as file:  # unbuffered: what is noted has been written
+            file.seek(position)
+            while (end is None or position < end) and not self._ending():
+                block = memoryview(answer.read())[: None if end is None else end - position]
+                if not block:
+                    break
+                written = file.write(block)
+                while written < len(block):
+                    written += file.write(block[written:])
+                self._part.add(position, position + written)
+                position += written
+                if not answer.whole:  # a whole file that breaks off has to begin again: no progress
+                    self._failures.clear()
+        return position
 
     def _examine(self, answer: Answer, start: int) -> None:
         """Refuse what does not fit with what is known of the file or here already."""
         part = self._part
         with self._lock:
             known = part.validators.get(self._url)
-            changed = known is not None and known != answer.validator
-            if answer.start != start or (answer.whole and part.present):
-                if changed or not answer.whole:
-                    raise StartOver("the file has changed on the server")
+            if known is not None and known != answer.validator:
+                raise StartOver("the file has changed on the server")
+            if answer.whole and (start or part.present):
                 raise IgnoresRanges("it sends the whole file when asked for the rest")
-            if part.total not in (None, answer.total) and (answer.total is not None or not answer.whole):
+            if answer.start != start:
+                raise Refused("it sends other bytes than those asked for")
+            if answer.total is not None and part.total not in (None, answer.total):
                 if part.size is not None:
                     raise Refused(f"the file there has {answer.total} bytes, not {part.size}")
                 raise StartOver(f"the file there has {answer.total} bytes, not {part.total}")
-            if changed:
-                raise StartOver("the file has changed on the server")
             if answer.total is None and not answer.ends_itself and not part.can_be_checked:
                 raise Refused("it says neither how large the file is nor where it ends")
             part.total = answer.total if part.total is None else part.total
