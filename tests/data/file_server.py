@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -43,6 +44,10 @@ class Mirror:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     mirror: Mirror
+
+    def setup(self) -> None:
+        super().setup()
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * BLOCK)  # so that sent is nearly arrived
 
     def handle(self) -> None:
         with suppress(ConnectionError):  # the other side has gone, between two requests
