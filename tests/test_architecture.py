@@ -47,6 +47,8 @@ HOMES = {  # library: the only rooms that may import it
     "wandb": {"train"},
     "easy_vqa": {"data"},
     "huggingface_hub": {"hub"},
+    "requests": {"data"},
+    "urllib3": {"data"},
     "hydra": set(),
     "transformers": {"integrations"},
     "lmms_eval": {"integrations"},

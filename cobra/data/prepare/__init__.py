@@ -1,0 +1,1 @@
+"""Data sets and benchmarks: fetched, unpacked, converted, checked."""
