@@ -79,8 +79,9 @@ class Member:
 
 def refused(archive: Path, name: str, why: str, what_to_do: str = "Do not use this archive.") -> DataError:
     """Return the error for one member, in one line whatever its name is."""
-    shown = name if len(name) <= 80 else f"{name[:60]}...{name[-17:]}"
-    return DataError(f"{archive}: member {shown!a} {why}. {what_to_do}")
+    shown = ascii(name)
+    shown = shown if len(shown) <= 80 else f"{shown[:60]}...{shown[-17:]}"
+    return DataError(f"{archive}: member {shown} {why}. {what_to_do}")
 
 
 def is_compressed(archive: Path) -> bool:
@@ -190,7 +191,8 @@ def _tar_members(archive: Path, max_bytes: int) -> Iterator[Member]:
                 raise refused(archive, info.name, f"is a {'folder' if info.isdir() else 'file'} of {info.size:,} bytes")
             if not compressed and info.offset_data + info.size > source.size:
                 raise refused(archive, info.name, "is cut short", AGAIN)
-            source.check(info.offset_data + info.size)  # before the time that reading takes
+            if compressed and info.offset_data + info.size > source.limit:  # before the time that reading takes
+                raise refused(archive, info.name, f"brings it to more than the {source.limit:,} bytes allowed")
             yield Member(
                 name=info.name,
                 is_folder=info.isdir(),
@@ -222,18 +224,15 @@ class _Watched:
         self._archive = archive
         self._file = open_source(archive)
         self.size = archive.stat().st_size
-        self._most = max(max_bytes, self.size)
+        self.limit = max(max_bytes, self.size) + tarfile.RECORDSIZE
         self.last = b""  # of what was read
-
-    def check(self, position: int) -> None:
-        if position > self._most + tarfile.RECORDSIZE:
-            raise DataError(f"{self._archive} unpacks to more than {self._most:,} bytes, as a decompression bomb does.")
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= _LARGEST_HEADER:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
         self.last = self._file.read(size)
-        self.check(self._file.tell())
+        if self._file.tell() > self.limit:
+            raise DataError(f"{self._archive} unpacks to more than {self.limit:,} bytes, as a decompression bomb does.")
         return self.last
 
     def checksum(self, size: int) -> int:
