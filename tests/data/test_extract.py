@@ -116,6 +116,8 @@ def test_strip_and_rename(tmp_path: Path) -> None:
         extract(archive, tmp_path / "to", strip="tpo")
     with pytest.raises(DataError, match="'README' is a file where another"):
         extract(archive, tmp_path / "to", strip="top", rename={"other": "README"})
+    with pytest.raises(DataError, match=r"rename=.* leads out of its folder"):
+        extract(archive, tmp_path / "to", rename={"top": "../../elsewhere"})
 
 
 def test_what_a_mac_adds_is_left_out_and_same_twice_is_once(tmp_path: Path) -> None:
@@ -199,6 +201,16 @@ class TestTarget:
         with pytest.raises(DataError, match=r"needs 0\.0 GiB in .* Make room"):
             extract(write(tmp_path / "a.zip", entries_of(4)), tmp_path / "to")
         assert not contents(tmp_path / "to")
+
+    def test_limits_are_those_that_were_given(self, tmp_path: Path) -> None:
+        for suffix in (".zip", ".tar", ".tgz"):
+            archive = write(tmp_path / f"a{suffix}", [("1", bytes(20_000)), ("2", bytes(20_001))])
+            with pytest.raises(DataError, match="'2' brings it to"):
+                extract(archive, tmp_path / suffix, max_bytes=40_000)
+            with pytest.raises(DataError, match="'2' is one more than the 1 members"):
+                extract(archive, tmp_path / suffix, max_files=1)
+            assert not contents(tmp_path / suffix)
+            assert extract(archive, tmp_path / suffix, max_bytes=40_001, max_files=2) == 2
 
     def test_folder_in_place_of_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "to" / "1").mkdir(parents=True)

@@ -8,10 +8,12 @@ CRC. When all is there, a note `.<archive>.extracted` in the target says so, and
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+import stat
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from cobra.data.prepare.names import Names, RefusedName
 from cobra.data.prepare.unpack import same_content, unpack
 from cobra.errors import DataError
 from cobra.runtime import write_text
+
+log = logging.getLogger(__name__)
 
 _MAX_FILES = 5_000_000  # the largest data set of images has 0.6 million
 _MAX_RATIO = 100  # unpacked to packed bytes; JSON has 5 to 20, a bomb 1000 and more
@@ -70,12 +74,14 @@ def extract(
         target.mkdir(parents=True, exist_ok=True)
         with FileLock(target / f".{archive.name}.lock", timeout=0):
             shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+            log.info("Reading what %s holds.", archive)
             files, folders = _plan(archive, strip, rename or {}, max_bytes, max_files or _MAX_FILES)
-            _check_disk(archive, files, target)
+            there = _right_size(files, target)
+            _check_disk(archive, [member for path, member in files.items() if path not in there], target)
             _make_folders(archive, folders, target)
             staging.mkdir()
             try:
-                unpack(archive, list(files.items()), target, staging, jobs)
+                unpack(archive, files, there, target, staging, jobs)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
             if hasattr(os, "sync"):
@@ -92,11 +98,15 @@ def _plan(
     archive: Path, strip: str, rename: Mapping[str, str], max_bytes: int | None, max_files: int
 ) -> tuple[dict[str, Member], list[str]]:
     """Judge every member; return the files by their paths, and the folders, parents first."""
-    limit = max(_ALWAYS_ALLOWED, _MAX_RATIO * archive.stat().st_size)
-    limit = limit if max_bytes is None else min(limit, max_bytes)
-    names, files = Names(strip, rename), dict[str, Member]()
+    most = max(_ALWAYS_ALLOWED, _MAX_RATIO * archive.stat().st_size)
+    limit = most if max_bytes is None else min(most, max_bytes)
+    try:
+        names = Names(strip, rename)
+    except RefusedName as error:
+        raise DataError(f"{archive}: strip={strip!r} or rename={dict(rename)!r} {error}. Correct it.") from None
+    files: dict[str, Member] = {}
     size = 0
-    for count, member in enumerate(list_members(archive, limit), start=1):
+    for count, member in enumerate(list_members(archive, most), start=1):
         size += member.size
         if size > limit:
             raise refused(archive, member.name, f"brings it to {size:,} bytes, more than the {limit:,} allowed")
@@ -120,12 +130,21 @@ def _plan(
     return files, names.folders
 
 
-def _check_disk(archive: Path, files: Mapping[str, Member], target: Path) -> None:
-    needed = 0
+def _right_size(files: Mapping[str, Member], target: Path) -> set[str]:
+    """Return the paths where a file of the right size lies, from a run that was cut off."""
+    found: set[str] = set()
     for path, member in files.items():
-        file = target / path
-        if not file.is_file() or file.stat().st_size != member.size:
-            needed += -(-member.size // _BLOCK) * _BLOCK
+        try:
+            status = (target / path).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if stat.S_ISREG(status.st_mode) and status.st_size == member.size:
+            found.add(path)
+    return found
+
+
+def _check_disk(archive: Path, missing: Iterable[Member], target: Path) -> None:
+    needed = sum(-(-member.size // _BLOCK) * _BLOCK for member in missing)
     free = shutil.disk_usage(target).free
     if needed > free:
         raise DataError(
@@ -144,12 +163,12 @@ def _make_folders(archive: Path, folders: list[str], target: Path) -> None:
 
 def _fingerprint(archive: Path) -> dict[str, Any]:
     """Return what tells an archive from another one without reading all of it."""
-    stat = archive.stat()
+    status = archive.stat()
     with archive.open("rb") as file:
         crc = zlib.crc32(file.read(_ENDS))
-        file.seek(max(0, stat.st_size - _ENDS))
+        file.seek(max(0, status.st_size - _ENDS))
         crc = zlib.crc32(file.read(_ENDS), crc)
-    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "crc_of_ends": crc}
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "crc_of_ends": crc}
 
 
 def _read_note(note: Path, wanted: Mapping[str, Any]) -> int | None:

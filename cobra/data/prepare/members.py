@@ -89,10 +89,10 @@ def is_compressed(archive: Path) -> bool:
     return _opener(archive) is not None
 
 
-def open_source(archive: Path) -> IO[bytes]:
+def open_source(archive: Path, *, buffer: int = 1 << 20) -> IO[bytes]:
     """Open what members' positions count in: the file, or for a compressed tar what it unpacks to."""
     opener = _opener(archive)
-    return archive.open("rb", buffering=1 << 20) if opener is None else cast(IO[bytes], opener(archive))
+    return archive.open("rb", buffering=buffer) if opener is None else cast(IO[bytes], opener(archive))
 
 
 def list_members(archive: Path, max_bytes: int) -> Iterator[Member]:
@@ -100,7 +100,7 @@ def list_members(archive: Path, max_bytes: int) -> Iterator[Member]:
 
     Args:
         archive: zip, tar, or tar compressed by gzip, bzip2 or xz; told by its content, not by its name.
-        max_bytes: the most that a compressed tar may unpack to.
+        max_bytes: the most that a compressed tar may unpack to, headers and all.
 
     Raises:
         DataError: the file is no such archive, is cut short or damaged, or has a member that is no file or folder.
@@ -222,7 +222,7 @@ class _Watched:
 
     def __init__(self, archive: Path, max_bytes: int) -> None:
         self._archive = archive
-        self._file = open_source(archive)
+        self._file = open_source(archive, buffer=tarfile.BLOCKSIZE)  # headers lie far from one another
         self.size = archive.stat().st_size
         self.limit = max(max_bytes, self.size) + tarfile.RECORDSIZE
         self.last = b""  # of what was read
