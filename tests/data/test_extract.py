@@ -130,7 +130,7 @@ def test_what_a_mac_adds_is_left_out_and_same_twice_is_once(tmp_path: Path) -> N
 
 class TestAgain:
     @pytest.mark.parametrize("suffix", [".zip", ".tar", ".tgz"])
-    def test_second_run_reads_only_the_note(self, suffix: str, tmp_path: Path, monkeypatch) -> None:
+    def test_second_run_reads_only_the_note(self, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         archive = write(tmp_path / f"a{suffix}", entries_of(2))
         count = extract(archive, tmp_path / "to")
         monkeypatch.setattr(extract_module, "list_members", None)
@@ -196,7 +196,9 @@ class TestTarget:
         extract(write(tmp_path / "a.zip", [("1", b"1")]), tmp_path / "to")
         assert contents(tmp_path / "disk") == {"1": b"1"}
 
-    def test_full_disk_is_told_before_anything_is_written(self, tmp_path: Path, monkeypatch) -> None:
+    def test_full_disk_is_told_before_anything_is_written(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 20, 0, 1 << 20))
         with pytest.raises(DataError, match=r"needs 0\.0 GiB in .* Make room"):
             extract(write(tmp_path / "a.zip", entries_of(4)), tmp_path / "to")

@@ -82,7 +82,9 @@ def test_first_frame_and_files_that_are_left_alone(tmp_path: Path) -> None:
     assert contents(tmp_path) == after
 
 
-def test_what_cannot_be_converted_is_left_and_named(tmp_path: Path, caplog, monkeypatch) -> None:
+def test_what_cannot_be_converted_is_left_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     picture("RGB").save(tmp_path / "good.png")
     picture("RGB").save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:200])
@@ -104,7 +106,7 @@ def test_what_cannot_be_converted_is_left_and_named(tmp_path: Path, caplog, monk
     assert after.items() == {name: content for name, content in before.items() if name != "good.png"}.items()
 
 
-def test_two_originals_of_one_stem(tmp_path: Path, caplog) -> None:
+def test_two_originals_of_one_stem(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The first by name wins, at any number of threads; the other one stays."""
     for name, colour in (("x.gif", "red"), ("x.gif.png", "lime"), ("x.png", "blue")):
         Image.new("RGB", (8, 8), colour).save(tmp_path / name)
@@ -143,7 +145,7 @@ def test_killed_at_any_moment_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert contents(folder) == expected
 
 
-def test_original_whose_jpeg_was_just_finished_is_removed(tmp_path: Path, caplog) -> None:
+def test_original_whose_jpeg_was_just_finished_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     picture("RGB").save(tmp_path / "a.png")
     original = (tmp_path / "a.png").read_bytes()
     convert_to_jpeg(tmp_path, jobs=1)
