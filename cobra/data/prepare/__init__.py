@@ -1,1 +1,1 @@
-"""Data sets and benchmarks: fetched, unpacked, converted, checked."""
+"""Data sets on disk: download, extract, convert, check."""
