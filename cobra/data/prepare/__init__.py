@@ -1,0 +1,1 @@
+"""Data sets on disk: download, extract, convert, check."""
