@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def convert_lvis(source: Path, target: Path) -> int:
         DataError: the source cannot be read or has no good row.
     """
 
-    def convert(raw: Any, _: int) -> dict[str, Any]:
+    def convert(raw: Any, number: int) -> Any:
         image = raw.get("image") if isinstance(raw, dict) else None
         if not isinstance(image, str):
             return raw
@@ -44,7 +45,8 @@ def convert_lvis(source: Path, target: Path) -> int:
         split = folder.rpartition("/")[2]
         if split not in ("train2017", "val2017"):
             raise BadRow(str(raw.get("id")), "not a COCO image", f"{image!r} is in neither train2017 nor val2017.")
-        return raw | {"image": f"coco/{split}/{name}"}
+        kept = {key: raw.get(key) for key in ("id", "conversations")}
+        return {**kept, "image": f"coco/{split}/{name}"}
 
     return _convert(source, target, convert)
 
@@ -65,7 +67,7 @@ def convert_lrv(source: Path, target: Path, image: str) -> int:
     """
 
     def convert(raw: Any, number: int) -> dict[str, Any]:
-        values = {key: _text(raw, key) for key in ("image_id", "question", "answer")}
+        values = {key: text_of(raw, key) for key in ("image_id", "question", "answer")}
         return {
             "id": f"{source.stem}/{number}",
             "image": image.replace("{image_id}", values["image_id"]),
@@ -89,19 +91,22 @@ def gather(source: Path, target: Path) -> int:
         Files that `target` holds afterwards.
 
     Raises:
-        DataError: two files have the same name.
+        DataError: two different files have the same name.
     """
     target.mkdir(parents=True, exist_ok=True)
     for folder, _, names in os.walk(source, topdown=False):
         for name in names:
-            if (target / name).exists():
-                raise DataError(
-                    f"{Path(folder) / name} cannot be moved to {target}, which has a file of this name already. Remove "
-                    "one of the two."
-                )
-            (Path(folder) / name).rename(target / name)
-        Path(folder).rmdir()
+            if not name.startswith("."):  # a note of the extraction, say
+                _move(Path(folder) / name, target / name)
+        with suppress(OSError):  # what was left there stays
+            Path(folder).rmdir()
     return sum(1 for entry in os.scandir(target) if entry.is_file())
+
+
+def _move(file: Path, target: Path) -> None:
+    if target.exists() and not filecmp.cmp(file, target, shallow=False):
+        raise DataError(f"{file} cannot be moved to {target}, which is another file. Remove one of the two.")
+    file.replace(target)
 
 
 def write_rows(target: Path, rows: Iterable[dict[str, Any]]) -> int:
@@ -136,7 +141,7 @@ def write_rows(target: Path, rows: Iterable[dict[str, Any]]) -> int:
     return count
 
 
-def _convert(source: Path, target: Path, convert: Callable[[Any, int], dict[str, Any]]) -> int:
+def _convert(source: Path, target: Path, convert: Callable[[Any, int], Any]) -> int:
     report = Report()
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -159,8 +164,12 @@ def _convert(source: Path, target: Path, convert: Callable[[Any, int], dict[str,
     return count
 
 
-def _text(raw: Any, key: str) -> str:
-    """Return a value of a row as text; image ids and answers may be numbers."""
+def text_of(raw: Any, key: str) -> str:
+    """Return a value of a row as text; image ids and answers may be numbers.
+
+    Raises:
+        BadRow: it is missing, empty, or neither.
+    """
     value = raw.get(key) if isinstance(raw, dict) else None
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
         raise BadRow(None, f"no {key}", f"{key!r} must be a text, not {value!r:.80}.")

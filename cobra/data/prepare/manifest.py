@@ -74,7 +74,7 @@ class SourceFile:
                 raise ConfigError(f"{self.target}: urls has {url!r}, which is no address of the web.")
         if self.checksum is not None and not _CHECKSUM.fullmatch(self.checksum):
             raise ConfigError(
-                f"{self.target}: checksum={self.checksum!r} must be sha256: with 64, or md5: with 32 hexadecimal digits."
+                f"{self.target}: checksum={self.checksum!r} must be sha256:<64 hexadecimal digits> or md5:<32>."
             )
         for key in ("size", "gigabytes"):
             value = getattr(self, key)
