@@ -177,6 +177,13 @@ def test_every_set_has_a_manifest() -> None:
     assert set(available_manifests()) == {*TRAINING, *BENCHMARKS, *available_manifests("images")}
 
 
+def test_page_names_every_set_and_file_that_needs_a_human() -> None:
+    text = (CONFIGS.parent / "docs" / "data.md").read_text()
+    assert all(f"`{name}`" in text for name in (*TRAINING, *BENCHMARKS))
+    for file in load_manifest("lrv-instruct").files:
+        assert f"| `{file.target}` | `{str(file.manual).split('/')[5]}` |" in text
+
+
 def test_no_two_manifests_write_the_same_file() -> None:
     targets = [f"{m.folder}/{file.target}" for m in map(load_manifest, available_manifests()) for file in m.files]
     assert len(set(targets)) == len(targets) > 25
