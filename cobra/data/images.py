@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
@@ -71,6 +73,9 @@ def probe_images(
     Returns:
         int32 [images, 2], width and height, 0 where they cannot be read; and the number of each image that cannot be
         used, with the reason.
+
+    Raises:
+        DataError: a process was killed, for want of memory say.
     """
     sizes, broken = np.zeros((len(names), 2), np.int32), dict[int, str]()
     tasks = [[folder / name for name in names[i : i + _PER_TASK]] for i in range(0, len(names), _PER_TASK)]
@@ -84,15 +89,25 @@ def probe_images(
                     broken[i] = reason
             bar.update(len(found))
 
-        if jobs == 1 or len(tasks) == 1:
+        if jobs == 1 or len(tasks) <= 1:
             for number, task in enumerate(tasks):
                 collect(number, probe(task))
         else:
-            # spawned: a forked child of a process with threads may hang
-            with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-                for number, found in enumerate(pool.map(probe, tasks)):
-                    collect(number, found)
+            try:
+                # spawned: a forked child of a process with threads may hang
+                with ProcessPoolExecutor(jobs, get_context("spawn"), _leave_ctrl_c) as pool:
+                    for number, found in enumerate(pool.map(probe, tasks)):
+                        collect(number, found)
+            except BrokenProcessPool:
+                raise DataError(
+                    f"A process that read images of {what} was killed, perhaps for want of memory; use fewer jobs."
+                ) from None
     return sizes, broken
+
+
+def _leave_ctrl_c() -> None:
+    """The terminal sends Ctrl-C to every process; the first one ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _probe(files: Sequence[Path], *, decode: bool) -> list[tuple[int, int, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,25 @@ def test_processes_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     found = [images_module.probe_images(tmp_path / "images", names, "five", decode=True, jobs=jobs) for jobs in (1, 2)]
     assert found[0][0].tolist() == found[1][0].tolist() == [[8, 8], [0, 0], [8, 8], [8, 8], [0, 0]]
     assert found[0][1] == found[1][1] and set(found[0][1]) == {1, 4}
+
+
+def test_folder_that_is_not_there(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    (part,) = check(make_config(tmp_path), full=True).sets
+    assert part.missing == ["0.png", "1.png", "sub/2.png"] and part.orphans == []
+
+
+def end_process(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), 9)
+
+
+def test_killed_process_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path)
+    monkeypatch.setattr(images_module, "_PER_TASK", 1)
+    monkeypatch.setattr(images_module, "_probe", end_process)
+    with pytest.raises(DataError, match="images of five was killed, perhaps for want of memory"):
+        images_module.probe_images(tmp_path / "images", ["0.png", "1.png"], "five", decode=False, jobs=2)
 
 
 def test_images_that_sets_share_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
