@@ -39,7 +39,7 @@ HOMES = {  # library: the only rooms that may import it
     "timm": {"models"},
     "tokenizers": {"text"},
     "omegaconf": {"config"},
-    "matplotlib": {"train", "eval"},
+    "matplotlib": {"train", "eval", "data"},
     "numba": {"ops"},
     "triton": {"ops"},
     "mamba_ssm": {"ops"},

@@ -8,6 +8,7 @@ A folder of an index holds
     index.json    what it was made of, and which rows were left out because they break the format
     report.json   the same rows and those that cannot be used for another reason, see `cobra.data.health`
     lengths-*.npy lengths in tokens, see `cobra.data.lengths`
+    sizes-*.npy   widths and heights of the images, see `cobra.data.sizes`
     images-*.json images that were missing or broken, see `cobra.data.health`
 
 `datasets.Dataset.from_file` opens both Arrow files.

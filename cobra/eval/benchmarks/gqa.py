@@ -12,7 +12,9 @@ from cobra.eval.rules import gqa
 
 FOLDER = "gqa"
 QUESTIONS_URL = "https://downloads.cs.stanford.edu/nlp/data/gqa/questions1.2.zip"
-IMAGES = Source(("images",), "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip")
+IMAGES = Source(
+    ("images", "../llava-v1.5-instruct/gqa/images"), "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip"
+)
 
 
 @dataclass

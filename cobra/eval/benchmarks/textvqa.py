@@ -19,7 +19,8 @@ OCR = Source(
     "https://gist.github.com/siddk/74a709cb5e292099bae3cbcec1d0ce8a (LLaVA's file, eval.zip, will do)",
 )
 IMAGES = Source(
-    ("train_val_images", "train_images"), "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip"
+    ("train_val_images", "train_images", "../llava-v1.5-instruct/textvqa/train_images"),
+    "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",
 )
 OCR_LABEL = "\nReference OCR token:"
 ORDERS = ("ocr_first", "ocr_last", "no_ocr")
