@@ -35,6 +35,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _ALIASES = {
     "evaluate": {"model": "load", "data_root": "paths.data"},
     "score": {"data_root": "paths.data"},
+    "prepare": {"data": "sets", "benchmark": "benchmarks", "data_root": "paths.data", "--dry-run": "dry_run=true"},
 }
 # Other spellings, understood and never shown.
 _SYNONYMS = {"evaluate": {"benchmark.limit": "limit", "benchmark.subset": "subset"}}
@@ -59,7 +60,7 @@ def launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     _setup_logging()
     rerun = _take_option("--rerun") if config_name in ("pretrain", "evaluate") else None
     for alias, name in (_ALIASES.get(config_name, {}) | _SYNONYMS.get(config_name, {})).items():
-        sys.argv[1:] = [re.sub(f"^{re.escape(alias)}=", f"{name}=", argument) for argument in sys.argv[1:]]
+        sys.argv[1:] = [_renamed(argument, alias, name) for argument in sys.argv[1:]]
     names = _take_benchmarks() if config_name == "evaluate" else []
     if rerun is not None:
         Task(config_name, main)(_load_rerun(rerun, sys.argv[1:]))
@@ -70,6 +71,16 @@ def launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us as they are
     with _errors_in_one_line(config_name):
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
+
+
+def _renamed(argument: str, alias: str, name: str) -> str:
+    """Put the setting's name for its alias. A flag stands for the whole setting; several names become a list."""
+    if argument == alias:
+        return name
+    key, separator, value = argument.partition("=")
+    if key != alias or not separator:
+        return argument
+    return f"{name}=[{value.strip('[]')}]" if name in ("sets", "benchmarks") else f"{name}={value}"
 
 
 @dataclass
@@ -176,7 +187,7 @@ def _rank() -> int:
 def _unaliased(message: str, config_name: str) -> str:
     """Name settings as the user typed them."""
     for alias, name in _ALIASES.get(config_name, {}).items():
-        message = re.sub(rf"\b{name}(?= is not set|=)", alias, message)
+        message = re.sub(rf"\b{re.escape(name)}(?= is not set|=)", alias, message)
     return message
 
 

@@ -124,3 +124,43 @@ class ScoreConfig:
     predictions: str  # a file of JSON lines
     output: str | None = None  # a folder
     allow_partial: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnDataConfig:
+    """A user's own annotation file and images."""
+
+    annotations: str | None = None  # .json, .jsonl or .csv
+    images: str | None = None  # folder
+    name: str = "mine"
+    config: str | None = None  # YAML file to write; null: configs/data/<name>.yaml
+
+    def __post_init__(self) -> None:
+        if (self.annotations is None) != (self.images is None):
+            raise ConfigError("own.annotations and own.images go together: the file, and the folder of its images.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Everything that `scripts/prepare.py` needs."""
+
+    paths: PathsConfig
+    sets: list[str] = field(default_factory=list[str])  # names of manifests; `data=...` on the command line
+    benchmarks: list[str] = field(default_factory=list[str])  # likewise, `benchmark=...`
+    dry_run: bool = False
+    check: Any = False  # False | True | "full"
+    repair: bool = False
+    index: bool = True
+    tokenizer: str | None = "EleutherAI/gpt-neox-20b"  # of the lengths in a report
+    keep_archives: bool = True
+    jobs: int = 4
+    connections: int = 4
+    own: OwnDataConfig = field(default_factory=OwnDataConfig)
+
+    def __post_init__(self) -> None:
+        if self.check not in (False, True, "full"):
+            raise ConfigError(f"check={self.check!r} must be false, true or full.")
+        positive("jobs", self.jobs)
+        positive("connections", self.connections)
+        if not (self.sets or self.benchmarks or self.own.annotations):
+            raise ConfigError("Nothing to prepare: give data=NAME, benchmark=NAME or own.annotations=FILE; see --help.")

@@ -6,6 +6,7 @@ import io
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def _convert(original: Path) -> str | None:
     target = _target(original)
     try:
         content = _as_jpeg(original)
-        if not target.exists():
+        if not target.exists() or not _is_picture(target):
             write_atomically(target, lambda temporary: temporary.write_bytes(content))
         elif target.read_bytes() != content:  # equal: killed before the original was removed
             return f"{original.name}: {target.name} is there and is another picture."
@@ -75,6 +76,13 @@ def _convert(original: Path) -> str | None:
     except (DataError, OSError) as error:
         return str(error)
     return None
+
+
+def _is_picture(path: Path) -> bool:
+    with suppress(DataError):
+        open_image(path)
+        return True
+    return False
 
 
 def _as_jpeg(path: Path) -> bytes:

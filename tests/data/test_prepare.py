@@ -1,0 +1,272 @@
+"""The prepare journey, from a name to a checked data set, against a server of this machine."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from file_server import Mirror, serving
+from PIL import Image
+
+from cobra.config import DataConfig, PathsConfig, PrepareConfig
+from cobra.data.prepare import manifest, plan
+from cobra.data.prepare.run import prepare
+from cobra.errors import DataError
+
+NUM_IMAGES = 40
+TINY = Path(__file__).resolve().parents[2] / "cobra" / "assets" / "tiny" / "tokenizer.json"
+CHILD = """
+import sys
+from pathlib import Path
+from cobra.config import DataConfig, PathsConfig, PrepareConfig
+from cobra.data.prepare import manifest
+from cobra.data.prepare.run import prepare
+from cobra.runtime import setup_logging
+setup_logging()
+manifests, root = map(Path, sys.argv[1:])
+manifest._FOLDER = manifests
+rows = root / "mini" / "train.json"
+data = DataConfig(name="mini", annotations=str(rows), images=str(root / "mini"), index=str(root / "index"))
+prepare(
+    PrepareConfig(paths=PathsConfig(data=str(root)), sets=["mini"], tokenizer=None),
+    configs=root, data_config=lambda _: data, questions=lambda _: [],
+)
+"""
+
+
+def picture(number: int, kind: str) -> bytes:
+    """Noise, so that it has some size."""
+    rng = random.Random(number)
+    image = Image.frombytes("RGB", (48, 48), rng.randbytes(48 * 48 * 3))
+    file = io.BytesIO()
+    image.quantize(16).save(file, kind) if kind == "GIF" else image.save(file, kind)
+    return file.getvalue()
+
+
+def kind_of(number: int) -> str:
+    return ("JPEG", "GIF", "PNG")[number % 3]
+
+
+def published() -> dict[str, bytes]:
+    """What a host has: annotations, and an archive with a folder of its own around images of three kinds."""
+    ends = {"JPEG": "jpg", "GIF": "gif", "PNG": "png"}
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        for i in range(NUM_IMAGES):
+            file.writestr(f"pack/images/{i}.{ends[kind_of(i)]}", picture(i, kind_of(i)))
+    rows = [
+        {
+            "id": str(i),
+            "image": f"ocr/images/{i}.jpg",
+            "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"Noise {i}."}],
+        }
+        for i in range(NUM_IMAGES)
+    ]
+    return {"train.json": json.dumps(rows).encode(), "images.zip": archive.getvalue()}
+
+
+@pytest.fixture
+def host() -> Iterator[Mirror]:
+    mirror = Mirror(published())
+    with serving(mirror):
+        yield mirror
+
+
+@pytest.fixture
+def manifests(host: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "manifests"
+    folder.mkdir()
+    write_manifest(folder, host)
+    monkeypatch.setattr(manifest, "_FOLDER", folder)
+    return folder
+
+
+def write_manifest(folder: Path, host: Mirror, **changes: Any) -> None:
+    node = {
+        "name": "mini", "title": "Noise", "kind": "training", "folder": "mini",
+        "homepage": "h", "licence": "l", "citation": "c",
+        "files": [
+            {"target": "train.json", "urls": [host.url("train.json")]},
+            {
+                "target": "downloads/images.zip",
+                "urls": [host.url("images.zip")],
+                "extract": {"into": "ocr", "strip": "pack"},
+            },
+        ],
+        "convert": [{"kind": "ocr-vqa-jpeg", "source": "ocr/images"}],
+        "expect": [{"rows": "train.json", "count": NUM_IMAGES}, {"files": "ocr/images/*.jpg", "count": NUM_IMAGES}],
+    }  # fmt: skip
+    (folder / "mini.yaml").write_text(yaml.safe_dump(node | changes))
+
+
+def run(root: Path, **settings: Any) -> None:
+    data = DataConfig(
+        name="mini",
+        annotations=str(root / "mini" / "train.json"),
+        images=str(root / "mini"),
+        index=str(root / "index"),
+    )
+    chosen: dict[str, Any] = {"sets": ["mini"], "tokenizer": str(TINY), "jobs": 1} | settings
+    prepare(
+        PrepareConfig(paths=PathsConfig(data=str(root)), **chosen),
+        configs=root,
+        data_config=lambda _: data,
+        questions=lambda _: [],
+    )
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """What counts of a prepared folder: rows and images."""
+    files = [root / "mini" / "train.json", *(root / "mini" / "ocr" / "images").iterdir()]
+    return {file.relative_to(root).as_posix(): file.read_bytes() for file in files if not file.name.startswith(".")}
+
+
+def report_of(root: Path) -> dict[str, Any]:
+    return json.loads((root / "reports" / "mini" / "report.json").read_text())
+
+
+@pytest.mark.parametrize("keep_archives", [True, False])
+def test_a_set_is_fetched_unpacked_converted_checked_once(
+    host: Mirror, manifests: Path, tmp_path: Path, keep_archives: bool
+) -> None:
+    root = tmp_path / "data"
+    run(root, keep_archives=keep_archives)
+    assert len(contents(root)) == NUM_IMAGES + 1
+    for i in range(NUM_IMAGES):
+        with Image.open(root / "mini" / "ocr" / "images" / f"{i}.jpg") as image:
+            assert image.format == "JPEG" and image.size == (48, 48)
+    assert (root / "mini" / "downloads" / "images.zip").exists() == keep_archives
+    found = report_of(root)
+    assert found["is_good"] and found["sets"]["mini"]["rows"] == NUM_IMAGES
+    assert (root / "reports" / "mini" / "lengths.png").is_file() and any((root / "index").iterdir())
+    before, sent = contents(root), host.sent
+    run(root, keep_archives=keep_archives)
+    assert host.sent == sent and contents(root) == before
+
+
+def test_kills_in_every_phase_end_with_the_same_bytes(host: Mirror, manifests: Path, tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    host.bytes_per_second = 100_000
+    root, rng, phases = tmp_path / "killed", random.Random(0), set[str]()
+    command = [sys.executable, "-c", CHILD, str(manifests), str(root)]
+    for _ in range(8):
+        child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while not (root / "mini").exists() and child.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.6))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        images = root / "mini" / "ocr" / "images"
+        phases.add("extract" if images.exists() else "download")
+    assert subprocess.run(command, stderr=subprocess.PIPE, timeout=120, check=True)
+    assert contents(root) == contents(tmp_path / "whole") and "download" in phases
+    assert report_of(root)["is_good"]
+
+
+def test_what_needs_a_human_is_said_and_the_rest_is_done(host: Mirror, manifests: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    files = yaml.safe_load((manifests / "mini.yaml").read_text())["files"]
+    write_manifest(manifests, host, files=[{"target": "train.json", "manual": "the form at https://host"}, files[1]])
+    with pytest.raises(DataError, match=rf"mini: Fetch the form at https://host\n.*{root / 'mini' / 'train.json'}"):
+        run(root)
+    assert (root / "mini" / "ocr" / "images" / "0.jpg").is_file()
+    (root / "mini" / "train.json").write_bytes(host.files["train.json"])
+    run(root)
+    assert report_of(root)["is_good"]
+
+
+def test_what_is_not_as_expected_is_said(host: Mirror, manifests: Path, tmp_path: Path) -> None:
+    write_manifest(manifests, host, expect=[{"rows": "train.json", "count": 41}])
+    with pytest.raises(DataError, match=r"train\.json: 40 rows, expected 41"):
+        run(tmp_path / "data")
+
+
+def test_check_names_what_is_missing_and_broken(host: Mirror, manifests: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    run(root)
+    images = root / "mini" / "ocr" / "images"
+    (images / "3.jpg").unlink()
+    (images / "4.jpg").write_bytes((images / "4.jpg").read_bytes()[:200])
+    (images / "5.jpg").write_bytes(b"no image")
+    for check, broken in ((True, {"ocr/images/5.jpg"}), ("full", {"ocr/images/4.jpg", "ocr/images/5.jpg"})):
+        with pytest.raises(DataError, match=r"mini is not in order: .*report\.md"):
+            run(root, check=check)
+        lines = (root / "reports" / "mini" / "broken_images.txt").read_text().splitlines()
+        assert {line.split("\t")[0] for line in lines} >= broken
+        assert (root / "reports" / "mini" / "missing_images.txt").read_text() == "ocr/images/3.jpg\n"
+        assert any("39 files, expected 40" in text for text in report_of(root)["unmet"])
+    sent = host.sent
+    with pytest.raises(DataError, match="mini is not in order"):
+        run(root)  # brings back what is missing
+    run(root, repair=True, check=False)
+    run(root, check="full")
+    assert host.sent == sent and report_of(root)["is_good"]  # all from the archive that is there
+
+
+def test_check_of_nothing_is_a_report_too(manifests: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="mini is not in order"):
+        run(tmp_path / "data", check=True)
+    assert not report_of(tmp_path / "data")["is_good"]
+
+
+def test_dry_run_fetches_nothing_and_knows_sizes(
+    host: Mirror, manifests: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "data"
+    text = plan.describe([manifest.load_manifest("mini")], root)
+    size = len(host.files["images.zip"]) / 1e6
+    assert re.search(rf"to download +{size:.1f} MB  downloads/images\.zip", text) and host.url("images.zip") in text
+    run(root, dry_run=True)
+    assert not root.exists()
+    run(root)
+    assert "extracted" in plan.describe([manifest.load_manifest("mini")], root)
+
+
+def test_too_small_a_disk_is_said_first(
+    host: Mirror, manifests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = yaml.safe_load((manifests / "mini.yaml").read_text())["files"]
+    write_manifest(manifests, host, files=[files[0], files[1] | {"gigabytes": 10**6}])
+    with pytest.raises(DataError, match=r"needs 2,000,000\.0 GB more"):
+        run(tmp_path / "data")
+    assert host.sent == 0
+
+
+def test_own_data_by_the_command_line(script: Any, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(picture(0, "PNG"))
+    (tmp_path / "rows.csv").write_text("image,question,answer\na.png,What is it?,Noise.\n")
+    own = ["own.annotations=rows.csv", "own.images=photos", "own.name=mine", "own.config=mine.yaml"]
+    result = script("prepare", *own)
+    assert result.returncode == 0, result.stderr
+    assert yaml.safe_load((tmp_path / "mine.yaml").read_text())["name"] == "mine"
+    for arguments, said in (
+        (["own.annotations=rows.csv"], "own.annotations and own.images go together"),
+        ([], "Nothing to prepare"),
+        (["data=llava-1.5"], "Did you mean 'llava-v1.5'"),
+        (["check=all", "data=llava-v1.5"], "check='all' must be"),
+    ):
+        result = script("prepare", *arguments)
+        assert result.returncode == 1 and said in result.stderr
+
+
+def test_benchmark_is_checked_by_its_own_reader(script: Any, assets: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(assets / "fixtures" / "scorers" / "data_root")
+    command = ["benchmark=vsr", "check=full", "tokenizer=null", f"data_root={tmp_path / 'copy'}"]
+    subprocess.run(["cp", "-r", str(tmp_path / "data") + "/.", str(tmp_path / "copy")], check=True)
+    result = script("prepare", *command)
+    found = json.loads((tmp_path / "copy" / "reports" / "vsr" / "report.json").read_text())
+    assert found["sets"]["vsr"]["rows"] == 200 and found["sets"]["vsr"]["images missing"] == 0, result.stderr
+    assert result.returncode == 1 and "expected 1,222" in " ".join(found["unmet"])  # it is but a part of the benchmark
