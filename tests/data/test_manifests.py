@@ -172,7 +172,7 @@ def test_every_set_has_a_manifest() -> None:
     assert available_manifests("training") == TRAINING
     assert available_manifests("benchmark") == BENCHMARKS
     configs = {kind: {file.stem for file in (CONFIGS / kind).iterdir()} for kind in ("data", "benchmark")}
-    assert configs["data"] - {"easyvqa"} == set(TRAINING)
+    assert configs["data"] - {"easyvqa", "toy"} == set(TRAINING)
     assert configs["benchmark"] - {"easyvqa"} == set(BENCHMARKS)
     assert set(available_manifests()) == {*TRAINING, *BENCHMARKS, *available_manifests("images")}
 
