@@ -38,9 +38,13 @@ def model_fingerprint(name: str) -> dict[str, str]:
     return {"model": files_digest([weights]), "model config": files_digest([folder / "config.json"])}
 
 
-def questions_fingerprint(questions: Sequence[Question]) -> str:
-    """Return a digest of everything that is asked and known about the questions."""
-    return _of_pieces(repr((q.id, q.text, q.truth, q.answer)).encode() for q in questions)
+def question_digests(questions: Iterable[Question]) -> dict[str, str]:
+    """Return by question id a digest of what its answer depends on; what is known of the truth may grow."""
+    return {q.id: _short(repr((q.text, q.answer, q.image.name)).encode()) for q in questions}
+
+
+def _short(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def _of_run(checkpoint: Path) -> str:

@@ -21,6 +21,7 @@ class Predictions:
     missing: list[str] = field(default_factory=list[str])
     doubled: list[str] = field(default_factory=list[str])
     unknown: list[str] = field(default_factory=list[str])
+    unknown_lines: list[str] = field(default_factory=list[str])  # the rows of these
     broken: list[str] = field(default_factory=list[str])  # lines that are no JSON
 
     def problems(self) -> list[str]:
@@ -104,6 +105,7 @@ def _add(row: Any, where: str, benchmark: Benchmark, asked: Mapping[str, Questio
         raise DataError(f"{where}, has no {missing}; a row is {_form(next(iter(asked.values())), benchmark)}") from None
     if one not in asked:
         result.unknown.append(one)
+        result.unknown_lines.append(json.dumps(row) + "\n")
     elif one in result.answers:
         result.doubled.append(one)
     else:
