@@ -67,7 +67,7 @@ def _evaluate(
     if ranks.is_first:
         ranks.barrier()
     # Late, as it takes long; the other ranks wait in their stores, until the first one has fetched the model, too.
-    fingerprint = model_fingerprint(config.load) if ranks.is_first else {}
+    fingerprint = model_fingerprint(config.load, vision=config.vision, llm=config.llm) if ranks.is_first else {}
     stores: list[AnswerStore] = []
     for task in tasks:
         stores.append(_open_store(config, task, fingerprint, ranks))
@@ -117,9 +117,8 @@ def _task(config: EvaluateConfig, benchmark: Benchmark, *, is_one_of_several: bo
     return Task(benchmark=benchmark, folder=folder, every_question=every_question, questions=questions, missing=missing)
 
 
-def _open_store(config: EvaluateConfig, task: Task, fingerprint: Mapping[str, str], ranks: Ranks) -> AnswerStore:
+def _open_store(config: EvaluateConfig, task: Task, fingerprint: Mapping[str, Any], ranks: Ranks) -> AnswerStore:
     made_with = {**fingerprint, "benchmark": task.benchmark.name, "dtype": config.dtype}
-    made_with |= {key: value for key in ("vision", "llm") if (value := getattr(config, key)) is not None}
     store = AnswerStore(task.folder, made_with, task.benchmark, task.every_question, ranks)
     if task.missing and ranks.is_first:
         file = task.folder / "missing_images.txt"
@@ -146,8 +145,8 @@ def _run(
     lost = [question.id for question in questions if question.id not in store.answers]
     if lost:
         raise DataError(
-            f"{store.path} lacks the answers to {len(lost):,} of {len(questions):,} questions, such as {lost[0]}; was it "
-            "changed meanwhile? Run the same command again: it asks only these."
+            f"{store.path} lacks the answers to {len(lost):,} of {len(questions):,} questions, such as {lost[0]}; was "
+            "it changed meanwhile? Run the same command again: it asks only these."
         )
 
     scores = benchmark.score(store.answers, questions)

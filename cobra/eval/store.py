@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from cobra.errors import DataError
 from cobra.eval.benchmark import Benchmark, Prediction, Question
@@ -51,7 +51,7 @@ class AnswerStore:
         self.benchmark, self.ranks = benchmark, ranks
         self.path = folder / "predictions.jsonl"
         self._questions = {question.id: question for question in questions}
-        self._lock = FileLock(folder / ".lock", timeout=0)
+        self._lock: BaseFileLock = FileLock(folder / ".lock", timeout=0)
         if ranks.is_first:
             self._take_lock()
             try:
@@ -91,8 +91,8 @@ class AnswerStore:
             self._lock.acquire()
         except Timeout:
             raise DataError(
-                f"Another evaluation is writing into {self.path.parent} at this moment. Wait for it, stop it, or choose "
-                "another folder with output=..."
+                f"Another evaluation is writing into {self.path.parent} at this moment. Wait for it, stop it, or "
+                "choose another folder with output=..."
             ) from None
 
     def _open(self, fingerprint: Mapping[str, Any]) -> None:
