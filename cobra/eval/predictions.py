@@ -135,19 +135,21 @@ def checked(question: Question, prediction: object) -> Prediction:
             return prediction
         raise DataError(f"{_shown(prediction)} is no text.")
     words = question.answer.words
-    if not isinstance(prediction, Mapping) or set(cast("Mapping[str, Any]", prediction)) != set(words):
-        raise DataError(f"{_shown(prediction)} does not give the probabilities of {' and '.join(words)}.")
-    values = cast("Mapping[str, Any]", prediction)
-    if not all(_is_probability(value) for value in values.values()) or not sum(values.values()):
+    values: Mapping[str, Any] = cast("Mapping[str, Any]", prediction) if isinstance(prediction, Mapping) else {}
+    if set(values) != set(words):
         raise DataError(
-            f"{_shown(dict(values))} must be numbers from 0 to 1, and not all 0. NaN comes from a model that overflows: "
-            "try dtype=float32."
+            f"{_shown(cast('object', prediction))} does not give the probabilities of {' and '.join(words)}."
+        )
+    if not all(_is_probability(value) for value in values.values()) or not any(values.values()):
+        raise DataError(
+            f"{_shown(dict(values))} must be numbers from 0 to 1, and not all 0. NaN comes from a model that "
+            "overflows: try dtype=float32."
         )
     return {word: float(values[word]) for word in words}
 
 
 def _is_probability(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(0 <= cast("float", value) <= _LARGEST)
+    return not isinstance(value, bool) and isinstance(value, Real) and bool(0 <= cast("float", value) <= _LARGEST)
 
 
 def _shown(value: object) -> str:

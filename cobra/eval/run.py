@@ -103,7 +103,7 @@ def _prepare(config: EvaluateConfig, benchmarks: Sequence[Benchmark]) -> list[Ta
 
 
 def _task(config: EvaluateConfig, benchmark: Benchmark, *, is_one_of_several: bool) -> Task:
-    every_question = benchmark.questions()
+    every_question = benchmark.some_questions()
     questions = select(every_question, config.limit, config.subset)
     missing = _missing_images(questions)
     if missing and config.on_missing == "error":
@@ -134,6 +134,8 @@ def _run(
     num_waiting = sum(question.id not in store.answers for question in questions)
     log.info("Asking %s %s questions of %s.", config.load, f"{num_waiting:,}", benchmark.name)
     engine = Engine(model, config.batch_size, skip_broken=config.on_missing == "skip")
+    if num_waiting and ranks.is_first:
+        report.remove(task.folder)
     started = time.perf_counter()
     ask(engine, share(questions, ranks), store)
     store.join()

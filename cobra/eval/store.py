@@ -88,7 +88,7 @@ class AnswerStore:
     def _take_lock(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire()
+            self._lock.acquire()  # type: ignore[reportUnknownMemberType]
         except Timeout:
             raise DataError(
                 f"Another evaluation is writing into {self.path.parent} at this moment. Wait for it, stop it, or "
