@@ -28,10 +28,14 @@ from cobra.eval.store import AnswerStore
 SHORT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+    MemoryError(),
+]
+
+
+OTHER_NAMES = [
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
-    MemoryError(),
 ]
 
 
@@ -93,11 +97,14 @@ def test_batches_shrink_until_they_fit(error: BaseException, fits: int) -> None:
 def test_single_question_that_does_not_fit_is_an_error() -> None:
     with pytest.raises(ResourceError, match=r"too small for a single question \(0\): CUDA out of memory"):
         ask(Engine(Crowded(0, SHORT_OF_MEMORY[0]), 4), made(4))
+    for error in OTHER_NAMES:
+        with pytest.raises(ResourceError):
+            ask(Engine(Crowded(0, error), 1), made(1))
     with pytest.raises(RuntimeError, match="another"):
         ask(Engine(Crowded(0, RuntimeError("another")), 4), made(4))
 
 
-@pytest.mark.parametrize("error", SHORT_OF_MEMORY)
+@pytest.mark.parametrize("error", [*SHORT_OF_MEMORY, *OTHER_NAMES])
 def test_image_that_memory_is_too_small_for_is_not_taken_for_broken(error: BaseException) -> None:
     class Full(Crowded):
         def prepare_image(self, image: Path) -> Path:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -18,19 +16,6 @@ from cobra.errors import DataError
 from cobra.eval.benchmark import Choices, FreeText, Question
 from cobra.eval.run import evaluate
 from cobra.eval.store import AnswerStore
-
-WRITER = """
-import sys, time
-from pathlib import Path
-from made import Made
-from cobra.eval.store import AnswerStore
-folder = Path(sys.argv[1])
-benchmark = Made(folder / "images", num_images=1)
-store = AnswerStore(folder / "out", {}, benchmark, benchmark.questions())
-store.append([("0/0", "first")])
-print("open", flush=True)
-time.sleep(60)
-"""
 
 
 @pytest.fixture
@@ -55,19 +40,21 @@ def stored(folder: Path) -> dict[str, str]:
 
 
 def test_second_writer_is_refused_until_the_first_is_gone(benchmark: Made, tmp_path: Path) -> None:
-    folder, questions = tmp_path / "out", benchmark.questions()
-    with subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
-    ) as first:
-        assert first.stdout is not None and first.stdout.readline() == "open\n"
-        (folder / "predictions.rank1.jsonl").write_text('{"question_id": "0/1", "prediction": "of its second rank"}\n')
-        with pytest.raises(DataError, match=r"Another evaluation is writing into .*out at this moment\. Wait"):
-            AnswerStore(folder, {}, benchmark, questions)
-        assert stored(folder) == {"0/0": "first"} and (folder / "predictions.rank1.jsonl").exists()
-        first.kill()
-    store = AnswerStore(folder, {}, benchmark, questions)  # a lock goes with its process
-    assert store.answers == {"0/0": "first", "0/1": "of its second rank"}
-    store.close()
+    questions = benchmark.questions()
+    first = AnswerStore(tmp_path, {}, benchmark, questions)
+    first.append([("0/0", "first")])
+    (tmp_path / "predictions.rank1.jsonl").write_text('{"question_id": "0/1", "prediction": "of its second rank"}\n')
+    with pytest.raises(DataError, match=rf"Another evaluation is writing into {tmp_path} at this moment\. Wait"):
+        AnswerStore(tmp_path, {}, benchmark, questions)
+    first.append([("0/2", "goes on")])
+    assert stored(tmp_path) == {"0/0": "first", "0/2": "goes on"}
+    first.join()
+    with pytest.raises(DataError, match="Another evaluation"):  # while reports are written, too
+        AnswerStore(tmp_path, {}, benchmark, questions)
+    first.close()
+    second = AnswerStore(tmp_path, {}, benchmark, questions)
+    assert second.answers == {"0/0": "first", "0/1": "of its second rank", "0/2": "goes on"}
+    second.close()
 
 
 def test_lock_is_free_again_after_a_refusal(benchmark: Made, tmp_path: Path) -> None:
