@@ -150,7 +150,7 @@ class Benchmark(ABC):
     """Base class; a benchmark is a subclass in `cobra/eval/benchmarks/` and a YAML that names it."""
 
     name: str
-    rules: ClassVar[tuple[str, ...]] = (OFFICIAL, PAPER)
+    rules: tuple[str, ...] = (OFFICIAL, PAPER)
     mean_of_parts: ClassVar[bool] = False  # one more part, named MEAN
     columns: ClassVar[Mapping[str, str]] = {}  # column of the paper's table -> the part that stands in it
     image_url: ClassVar[str] = ""  # where to get the images
@@ -158,6 +158,17 @@ class Benchmark(ABC):
     @abstractmethod
     def questions(self) -> list[Question]:
         """Read the questions in their official order; DataError when annotations are missing or broken."""
+
+    def some_questions(self) -> list[Question]:
+        """Return the questions; DataError where there are none."""
+        found = self.questions()
+        if not found:
+            place = getattr(self, "data_root", getattr(self, "folder", ""))
+            raise DataError(
+                f"The annotations of {self.name} hold no questions (looked for in {place}). Are the files complete? "
+                "Fetch them again."
+            )
+        return found
 
     @abstractmethod
     def score_answer(self, prediction: Prediction, question: Question) -> tuple[float, ...]:

@@ -19,6 +19,8 @@ from tqdm import tqdm
 from cobra.config import SUBSETS
 from cobra.errors import DataError, ResourceError
 from cobra.eval.benchmark import Choices, FreeText, Prediction, Question
+from cobra.eval.memory import first_line, is_out_of_memory
+from cobra.eval.predictions import checked
 from cobra.eval.store import AnswerStore
 from cobra.ranks import Ranks
 
@@ -145,6 +147,13 @@ class Engine:
         for path, future in reading.items():
             try:
                 images[path] = future.result()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise ResourceError(
+                    f"The memory is too small to read {path} beside {len(reading) - 1:,} others: {first_line(error)} "
+                    "Free some, or choose a smaller batch_size: as many images are read ahead."
+                ) from None
             except DataError as error:
                 if not self._skip_broken:
                     raise DataError(f"{path}: {error} on_missing=skip leaves its questions out.") from None
@@ -175,7 +184,7 @@ class Engine:
                 raise
             if len(part) == 1:
                 raise ResourceError(
-                    f"The memory is too small for a single question ({part[0].id}): {str(error).splitlines()[0]} "
+                    f"The memory is too small for a single question ({part[0].id}): {first_line(error)} "
                     "Free some, or choose dtype=bfloat16 or another device."
                 ) from None
         # Out of the handler, so that what the failed attempt held is free.
@@ -183,11 +192,6 @@ class Engine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory ran out, on any device; on the CPU torch raises a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _num_readers() -> int:
@@ -238,6 +242,9 @@ def answer(model: Answerer[State], batch: Sequence[Question], prepared: Mapping[
         model: what is asked.
         batch: questions about images of `prepared`.
         prepared: what the model's `prepare_image` returned, by path; the path itself if it has none.
+
+    Raises:
+        DataError: the model returned something else than answers, such as NaN for a probability.
     """
     images = list(dict.fromkeys(question.image for question in batch))
     number = {image: i for i, image in enumerate(images)}
@@ -248,13 +255,24 @@ def answer(model: Answerer[State], batch: Sequence[Question], prepared: Mapping[
     answers: dict[str, Prediction] = {}
     for kind, questions in alike.items():
         rows, texts = states[[number[q.image] for q in questions]], [q.text for q in questions]
-        found: Sequence[Prediction]
+        found: Sequence[object]
         if isinstance(kind, Choices):
-            found = [dict(zip(kind.words, row, strict=True)) for row in model.score(rows, texts, kind.words)]
+            found = [_by_word(kind.words, row) for row in model.score(rows, texts, kind.words)]
         else:
             found = model.generate(rows, texts, max_new_tokens=kind.max_new_tokens)
-        answers |= zip((question.id for question in questions), found, strict=True)
+        name = getattr(model, "name", type(model).__name__)
+        if len(found) != len(questions):
+            raise DataError(f"{name} gave {len(found):,} answers to {len(questions):,} questions.")
+        for question, prediction in zip(questions, found, strict=True):
+            try:
+                answers[question.id] = checked(question, prediction)
+            except DataError as error:
+                raise DataError(f"{name} answered question {question.id} in a wrong form: {error}") from None
     return answers
+
+
+def _by_word(words: Sequence[str], row: Sequence[float]) -> object:
+    return dict(zip(words, row, strict=True)) if len(row) == len(words) else row
 
 
 def group_by_image(questions: Sequence[Question], batch_size: int) -> Iterator[list[Question]]:

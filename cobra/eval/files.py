@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +107,21 @@ def expecting(path: Path, what: str) -> Generator[None, None, None]:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
         reason = f"a row has no {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{path} is not {what}: {reason}. Is it another file, or another version?") from None
+
+
+def whole_number(value: object) -> int:
+    """Return an id that is a number, or the text of one; ValueError for any other."""
+    if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()):
+        return int(value)
+    raise ValueError(f"the question_id {value!r} is no whole number")
+
+
+def some_answers(row: Mapping[str, Any], name: object) -> list[Any]:
+    """Return people's answers to the question `name`; ValueError where there are none, as in a test split."""
+    answers: list[Any] = row.get("answers") or []
+    if not answers:
+        raise ValueError(f"question {name} has no answers")
+    return answers
 
 
 def check_unique(path: Path, ids: Sequence[str]) -> None:

@@ -4,53 +4,117 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cobra.config import read_yaml
 from cobra.errors import CheckpointError
 from cobra.eval.benchmark import Question
-from cobra.hub import resolve_model_folder
-from cobra.loading import find_model
-from cobra.models.public import CHECKPOINT, is_public_run
+from cobra.hub import resolve_file, resolve_model_folder, resolve_weights
+from cobra.loading import check_overrides, find_model, settings
+from cobra.models.pretrained import unwrapped, weights_name
+from cobra.models.public import CHECKPOINT, is_public_run, public_config
+from cobra.models.readers import read_weights
 from cobra.models.sharded import is_sharded
 
+_SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
 _SAMPLE, _NUM_SAMPLES = 2**14, 2**12  # bytes, pieces: 64 MiB of a large file
 
 
-def model_fingerprint(name: str) -> dict[str, str]:
-    """Return digests of the weights and of the config that `cobra.load` reads for a name.
+def model_fingerprint(
+    name: str,
+    *,
+    vision: Mapping[str, Any] | str | Path | None = None,
+    llm: Mapping[str, Any] | str | Path | None = None,
+) -> dict[str, Any]:
+    """Return digests of the weights and of all settings that `cobra.load` reads for a name.
+
+    Args:
+        name: as in `cobra.load`.
+        vision: as in `cobra.load`; what it says is returned, with digests for files, wherever it is written.
+        llm: likewise.
 
     Raises:
         CobraError: there is no such model, or a part of it is missing.
     """
+    overrides = {key: settings(given, key) for key, given in (("vision", vision), ("llm", llm)) if given}
+    check_overrides(overrides.get("vision"), overrides.get("llm"))
     folder = find_model(name)
     if is_sharded(folder):
-        parts = sorted(file for file in folder.iterdir() if file.suffix == ".distcp")
-        samples = _of_pieces(piece for file in parts for piece in _samples(file))
-        return {"model": files_digest([folder / ".metadata"]) + samples, "model config": _of_run(folder)}
-    if is_public_run(folder):
-        weights = folder / CHECKPOINT
+        found = _of_checkpoint(folder)
+    elif is_public_run(folder):
+        found = _of_public_run(folder, overrides.get("vision"), overrides.get("llm"))
     else:
         folder = resolve_model_folder(folder)
-        weights = folder / "model.safetensors"
-    return {"model": files_digest([weights]), "model config": files_digest([folder / "config.json"])}
+        weights, config = [folder / "model.safetensors"], settings_files(folder)
+        found = {"model": files_digest(weights), "model config": files_digest(config)}
+    return found | {key: _with_digests(given) for key, given in overrides.items()}
 
 
-def questions_fingerprint(questions: Sequence[Question]) -> str:
-    """Return a digest of everything that is asked and known about the questions."""
-    return _of_pieces(repr((q.id, q.text, q.truth, q.answer)).encode() for q in questions)
+def question_digests(questions: Iterable[Question]) -> dict[str, str]:
+    """Return by question id a digest of what its answer depends on; what is known of the truth may grow."""
+    return {q.id: _short(repr((q.text, q.answer, q.image.name)).encode()) for q in questions}
 
 
-def _of_run(checkpoint: Path) -> str:
-    """Of what a run's config says of the model; a resumed run may train longer."""
+def _short(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def _of_checkpoint(checkpoint: Path) -> dict[str, str]:
+    """Of its tensors, and of what the run's config says of the model; a resumed run may train longer."""
     file = checkpoint.resolve().parent.parent / "config.yaml"
     if not file.is_file():
         raise CheckpointError(f"{checkpoint} is a training checkpoint, but its run's config {file} is missing.")
+    parts = sorted(part for part in checkpoint.iterdir() if part.suffix == ".distcp")
+    tensors = chain(_pieces(checkpoint / ".metadata"), *map(_samples, parts))
     run: dict[str, Any] = read_yaml(file, "config")
+    model: dict[str, Any] = run.get("model") or {}
     training: dict[str, Any] = run.get("train") or {}
-    return _of_pieces([json.dumps([run.get("model"), training.get("lora")]).encode()])
+    llm: dict[str, Any] = model.get("llm") or {}
+    tokenizer = resolve_file(str(llm.get("tokenizer")), "model.llm.tokenizer")
+    config = [json.dumps([model, training.get("lora")]).encode(), *_pieces(tokenizer)]
+    return {"model": _of_pieces(tensors), "model config": _of_pieces(config)}
+
+
+def _of_public_run(folder: Path, vision: Mapping[str, Any] | None, llm: Mapping[str, Any] | None) -> dict[str, str]:
+    """Of the run's own files, and of the parts that it names and does not hold."""
+    config, weights = public_config(folder, vision, llm), [folder / CHECKPOINT]
+    held = {name.split(".")[0] for name in unwrapped(read_weights(folder / CHECKPOINT))}
+    sources: dict[str, str] = {}
+    if "vision_backbone" not in held:
+        sources |= {f"vision.towers[{i}].weights": weights_name(t) for i, t in enumerate(config.vision.towers)}
+    if "llm_backbone" not in held:
+        sources["llm.weights"] = config.llm.weights
+    for setting, source in sources.items():  # "random" is refused when the model is loaded
+        weights += _files(resolve_weights(source, setting)) if source != "random" else []
+    others = [*settings_files(folder), resolve_file(config.llm.tokenizer, "llm.tokenizer")]
+    return {"model": files_digest(weights), "model config": files_digest(others)}
+
+
+def _with_digests(node: Any) -> Any:
+    """Return settings in which local files of weights and tokenizers stand for their content."""
+    if isinstance(node, Mapping):
+        items = cast("Mapping[str, Any]", node).items()
+        return {
+            key: _content(value) if key in ("weights", "tokenizer") else _with_digests(value) for key, value in items
+        }
+    return [_with_digests(item) for item in cast("list[Any]", node)] if isinstance(node, list) else node
+
+
+def _content(name: Any) -> Any:
+    path = Path(str(name)).expanduser()
+    return f"content {files_digest(_files(path))}" if path.exists() else name
+
+
+def settings_files(folder: Path) -> list[Path]:
+    """Return a model folder's files that answers depend on besides the weights: configs, tokenizer, templates."""
+    return sorted(file for pattern in _SETTINGS for file in folder.glob(pattern))
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
 
 
 def files_digest(files: Sequence[Path]) -> str:

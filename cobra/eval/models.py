@@ -11,14 +11,11 @@ from cobra.api import load
 from cobra.errors import CheckpointError, ConfigError
 from cobra.eval import fingerprint
 from cobra.eval.engine import Answerer
-from cobra.eval.fingerprint import files_digest
+from cobra.eval.fingerprint import files_digest, settings_files
 from cobra.integrations.transformers import hub_commit, load_transformers
 
 TRANSFORMERS = "transformers:"
 PYTHON = "python:"
-
-# of a folder, what answers depend on besides the weights: configs, processor, tokenizer, templates
-_SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
 
 
 class NamedAnswerer(Answerer[Any], Protocol):
@@ -66,7 +63,12 @@ def open_model(
     return model
 
 
-def model_fingerprint(name: str) -> dict[str, str]:
+def model_fingerprint(
+    name: str,
+    *,
+    vision: Mapping[str, Any] | str | Path | None = None,
+    llm: Mapping[str, Any] | str | Path | None = None,
+) -> dict[str, Any]:
     """Return what answers depend on, by model name as `open_model` takes it; no weights are loaded.
 
     Raises:
@@ -76,7 +78,7 @@ def model_fingerprint(name: str) -> dict[str, str]:
         return _transformers_fingerprint(name.removeprefix(TRANSFORMERS))
     if name.startswith(PYTHON):
         return {"model": name, "model config": str(getattr(_factory(name), "fingerprint", ""))}
-    return fingerprint.model_fingerprint(name)
+    return fingerprint.model_fingerprint(name, vision=vision, llm=llm)
 
 
 def _transformers_fingerprint(name: str) -> dict[str, str]:
@@ -87,8 +89,7 @@ def _transformers_fingerprint(name: str) -> dict[str, str]:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise CheckpointError(f"{TRANSFORMERS}{name}: no *.safetensors in {folder.absolute()}; nothing else is read.")
-    settings = sorted(file for pattern in _SETTINGS for file in folder.glob(pattern))
-    return {"model": files_digest(weights), "model config": files_digest(settings)}
+    return {"model": files_digest(weights), "model config": files_digest(settings_files(folder))}
 
 
 def _factory(name: str) -> Any:

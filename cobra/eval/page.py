@@ -138,7 +138,8 @@ def _card(
         "part": [question.part],
         "types": [f"{name}: {kind}" for name, kind in question.types.items()],
     }
-    attributes = " ".join(f'data-{name}="{_text(json.dumps(values))}"' for name, values in data.items())
+    # Cut before they become JSON, as the options of the filters are: half a list would be none.
+    attributes = " ".join(f'data-{name}="{escape(json.dumps([_cut(v) for v in vs]))}"' for name, vs in data.items())
     rules = ", ".join(f"{rule} {values[question.id]:.4g}" for rule, values in scores.per_question.items())
     rows = [("answer", _said(prediction)), ("truth", _text(benchmark.show_truth(question))), ("score", _text(rules))]
     tags = " · ".join(filter(None, (*sets, question.id, question.part, *data["types"])))
@@ -191,4 +192,8 @@ def _selects(questions: Sequence[Question]) -> Iterable[str]:
 
 def _text(text: str) -> str:
     """Return a text of unknown content for HTML, cut where it is very long."""
-    return escape(printable(text[:_MAX_TEXT] + " ..." * (len(text) > _MAX_TEXT)))
+    return escape(_cut(text))
+
+
+def _cut(text: str) -> str:
+    return printable(text[:_MAX_TEXT] + " ..." * (len(text) > _MAX_TEXT))

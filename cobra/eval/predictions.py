@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
 from cobra.errors import DataError
 from cobra.eval.benchmark import Benchmark, Choices, Prediction, Question
+
+_LARGEST = 1.01  # of a probability: bfloat16 rounds to 1/128
+_MAX_SHOWN = 200  # characters of a wrong value
 
 
 @dataclass
@@ -21,6 +24,7 @@ class Predictions:
     missing: list[str] = field(default_factory=list[str])
     doubled: list[str] = field(default_factory=list[str])
     unknown: list[str] = field(default_factory=list[str])
+    unknown_lines: list[str] = field(default_factory=list[str])  # the rows of these
     broken: list[str] = field(default_factory=list[str])  # lines that are no JSON
 
     def problems(self) -> list[str]:
@@ -101,9 +105,11 @@ def _add(row: Any, where: str, benchmark: Benchmark, asked: Mapping[str, Questio
         one = benchmark.row_id(row)
     except (KeyError, TypeError) as error:
         missing = error if isinstance(error, KeyError) else "'question_id'"
-        raise DataError(f"{where}, has no {missing}; a row is {_form(next(iter(asked.values())), benchmark)}") from None
+        forms = [_form(question, benchmark) for question in list(asked.values())[:1]]
+        raise DataError("; a row is ".join([f"{where}, has no {missing}", *forms])) from None
     if one not in asked:
         result.unknown.append(one)
+        result.unknown_lines.append(json.dumps(row) + "\n")
     elif one in result.answers:
         result.doubled.append(one)
     else:
@@ -111,25 +117,44 @@ def _add(row: Any, where: str, benchmark: Benchmark, asked: Mapping[str, Questio
 
 
 def _prediction(row: dict[str, Any], where: str, question: Question, benchmark: Benchmark) -> Prediction:
+    key = "probabilities" if isinstance(question.answer, Choices) else "prediction"
+    try:
+        return checked(question, row.get(key))
+    except DataError as error:
+        raise DataError(f"{where}, {key}: {error} A row is {_form(question, benchmark)}") from None
+
+
+def checked(question: Question, prediction: object) -> Prediction:
+    """Return an answer, if it is what the question asks for.
+
+    Raises:
+        DataError: it is no text, or these are not the probabilities of the question's words.
+    """
     if not isinstance(question.answer, Choices):
-        text = row.get("prediction")
-        if not isinstance(text, str):
-            raise DataError(f"{where}, has no text in 'prediction'; a row is {_form(question, benchmark)}")
-        return text
-    found = row.get("probabilities")
-    if not isinstance(found, dict) or set(cast("dict[str, Any]", found)) != set(question.answer.words):
-        raise DataError(f"{where}, has no such 'probabilities'; a row is {_form(question, benchmark)}")
-    values = cast("dict[str, Any]", found)
-    if not all(_is_probability(value) for value in values.values()) or not sum(values.values()):
+        if isinstance(prediction, str):
+            return prediction
+        raise DataError(f"{_shown(prediction)} is no text.")
+    words = question.answer.words
+    values: Mapping[str, Any] = cast("Mapping[str, Any]", prediction) if isinstance(prediction, Mapping) else {}
+    if set(values) != set(words):
         raise DataError(
-            f"{where}, has the probabilities {values}; they must be finite, not negative and not all 0. NaN comes from "
-            "a model that overflows: try dtype=float32."
+            f"{_shown(cast('object', prediction))} does not give the probabilities of {' and '.join(words)}."
         )
-    return {word: float(values[word]) for word in question.answer.words}
+    if not all(_is_probability(value) for value in values.values()) or not any(values.values()):
+        raise DataError(
+            f"{_shown(dict(values))} must be numbers from 0 to 1, and not all 0. NaN comes from a model that "
+            "overflows: try dtype=float32."
+        )
+    return {word: float(values[word]) for word in words}
 
 
 def _is_probability(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return not isinstance(value, bool) and isinstance(value, Real) and bool(0 <= cast("float", value) <= _LARGEST)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text[:_MAX_SHOWN] + "..." * (len(text) > _MAX_SHOWN)
 
 
 def _form(question: Question, benchmark: Benchmark) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from cobra.eval import gallery, page, plots
 from cobra.eval.benchmark import MEAN, OFFICIAL, PAPER, Benchmark, Prediction, Question, Scores
 from cobra.eval.markdown import percent, plain, signed, span, table
-from cobra.eval.paper import DEFAULT, NOTES, ROWS, SOURCE, comparable, row_name
+from cobra.eval.paper import DEFAULT, NOTES, ROWS, SOURCE, asked_as_in_paper, comparable, row_name
 from cobra.eval.scoring import write_scores
 from cobra.runtime import write_text
 
@@ -37,13 +37,13 @@ def write(
         scores: of the answers.
         title: above the pictures.
     """
-    results = results_of(facts, scores)
+    results = results_of(facts, benchmark, scores)
     write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
     write_scores(folder, benchmark, questions, scores, with_image=True)
     pictures = plots.plot_breakdowns(folder, scores, title)
     gallery.plot_examples(folder, benchmark, questions, answers, scores, title)
     page.write_page(folder / "examples.html", benchmark, questions, answers, scores, title)
-    lines = [*_head(results, scores), *_scores(results, scores), *_details(scores), *_breakdowns(scores)]
+    lines = [*_head(results, scores), *_scores(results, benchmark, scores), *_details(scores), *_breakdowns(scores)]
     lines += ["## Pictures", ""]
     lines += [f"![{picture.stem.replace('_', ' ')}]({picture.name})\n" for picture in pictures]
     lines += ["![examples](examples.png)", "", "[More examples, to filter and search](examples.html)", ""]
@@ -52,18 +52,26 @@ def write(
     return results
 
 
-def results_of(facts: Mapping[str, Any], scores: Scores) -> dict[str, Any]:
+def remove(folder: Path) -> None:
+    """Remove what an earlier, smaller evaluation has written: it must not be taken for that of new answers."""
+    for name in ("results.json", "scores.jsonl", "report.md", "examples.html", "*.png"):
+        for file in folder.glob(name):
+            file.unlink()
+
+
+def results_of(facts: Mapping[str, Any], benchmark: Benchmark, scores: Scores) -> dict[str, Any]:
     """Return what results.json holds; numbers are in percent, apart from counts."""
     name = row_name(str(facts["model"]))
     columns: dict[str, Any] = {}
     for column, part in scores.columns.items():
         total = next(iter(scores.parts.values()))[part].num_questions
-        reference, is_whole = comparable(name, column, part, total)
+        is_fair = asked_as_in_paper(facts, benchmark, part)
+        reference, is_whole = comparable(name, column, part, total, is_fair=is_fair)
         columns[column] = {
             "part": part,
             "questions": total,
             "reference": reference,
-            "is_whole": is_whole,  # as many questions as the reference is of
+            "is_whole": is_whole,  # the reference is of the same questions
             "rules": {
                 rule: {"accuracy": parts[part].accuracy, "interval_95": list(parts[part].interval)}
                 for rule, parts in scores.parts.items()
@@ -113,12 +121,15 @@ def _head(results: Mapping[str, Any], scores: Scores) -> list[str]:
     ]
 
 
-def _scores(results: Mapping[str, Any], scores: Scores) -> list[str]:
+def _scores(results: Mapping[str, Any], benchmark: Benchmark, scores: Scores) -> list[str]:
     """One row per part: both rules, and where the paper has a number, that and how far the paper's rule is from it."""
     name = str(results["paper_row"])
     column_of = {part: column for column, part in scores.columns.items()}
     totals = {part: numbers.num_questions for part, numbers in next(iter(scores.parts.values())).items()}
-    found = {part: comparable(name, column_of.get(part), part, total) for part, total in totals.items()}
+    fair = {part: asked_as_in_paper(results, benchmark, part) for part in totals}
+    found = {
+        part: comparable(name, column_of.get(part), part, total, is_fair=fair[part]) for part, total in totals.items()
+    }
     has_paper = PAPER in scores.parts and any(reference is not None for reference, _ in found.values())
     head = ["part", "questions"]
     for rule in scores.parts:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from cobra.errors import ConfigError, DataError
 from cobra.eval import report, summary
 from cobra.eval.benchmark import Benchmark, Choices, Question, Scores
 from cobra.eval.engine import Answerer, Engine, ask, select, share
-from cobra.eval.fingerprint import questions_fingerprint
 from cobra.eval.models import model_fingerprint, open_model
 from cobra.eval.scoring import log_scores
 from cobra.eval.store import AnswerStore
@@ -54,18 +54,24 @@ def evaluate(config: EvaluateConfig, benchmark: Benchmark) -> Scores:
 
 def evaluate_all(config: EvaluateConfig, benchmarks: Sequence[Benchmark]) -> list[Scores]:
     """Evaluate on several benchmarks with one loaded model, as `evaluate` does; `output` gets a folder for each."""
-    with joined(config.device, _TIMEOUT_MINUTES) as ranks, use_backend(config.ops):
-        return _evaluate(config, benchmarks, ranks)
+    with joined(config.device, _TIMEOUT_MINUTES) as ranks, use_backend(config.ops), ExitStack() as open_stores:
+        return _evaluate(config, benchmarks, ranks, open_stores)
 
 
-def _evaluate(config: EvaluateConfig, benchmarks: Sequence[Benchmark], ranks: Ranks) -> list[Scores]:
+def _evaluate(
+    config: EvaluateConfig, benchmarks: Sequence[Benchmark], ranks: Ranks, open_stores: ExitStack
+) -> list[Scores]:
     if not ranks.is_first:
-        ranks.barrier()  # the first rank fetches what has to be fetched
-    fingerprint = model_fingerprint(config.load) if ranks.is_first else {}
+        ranks.barrier()  # the first rank prepares what data has to be prepared
     tasks = _prepare(config, benchmarks)
     if ranks.is_first:
         ranks.barrier()
-    stores = [_open_store(config, task, fingerprint, ranks) for task in tasks]
+    # Late, as it takes long; the other ranks wait in their stores, until the first one has fetched the model, too.
+    fingerprint = model_fingerprint(config.load, vision=config.vision, llm=config.llm) if ranks.is_first else {}
+    stores: list[AnswerStore] = []
+    for task in tasks:
+        stores.append(_open_store(config, task, fingerprint, ranks))
+        open_stores.callback(stores[-1].close)
     model = open_model(config.load, device=config.device, dtype=config.dtype, vision=config.vision, llm=config.llm)
     for task in tasks:
         _check_choices(model, task)
@@ -97,7 +103,7 @@ def _prepare(config: EvaluateConfig, benchmarks: Sequence[Benchmark]) -> list[Ta
 
 
 def _task(config: EvaluateConfig, benchmark: Benchmark, *, is_one_of_several: bool) -> Task:
-    every_question = benchmark.questions()
+    every_question = benchmark.some_questions()
     questions = select(every_question, config.limit, config.subset)
     missing = _missing_images(questions)
     if missing and config.on_missing == "error":
@@ -111,9 +117,8 @@ def _task(config: EvaluateConfig, benchmark: Benchmark, *, is_one_of_several: bo
     return Task(benchmark=benchmark, folder=folder, every_question=every_question, questions=questions, missing=missing)
 
 
-def _open_store(config: EvaluateConfig, task: Task, fingerprint: Mapping[str, str], ranks: Ranks) -> AnswerStore:
-    made_with = {**fingerprint, "questions": questions_fingerprint(task.every_question), "dtype": config.dtype}
-    made_with |= {key: value for key in ("vision", "llm") if (value := getattr(config, key)) is not None}
+def _open_store(config: EvaluateConfig, task: Task, fingerprint: Mapping[str, Any], ranks: Ranks) -> AnswerStore:
+    made_with = {**fingerprint, "benchmark": task.benchmark.name, "dtype": config.dtype}
     store = AnswerStore(task.folder, made_with, task.benchmark, task.every_question, ranks)
     if task.missing and ranks.is_first:
         file = task.folder / "missing_images.txt"
@@ -129,17 +134,22 @@ def _run(
     num_waiting = sum(question.id not in store.answers for question in questions)
     log.info("Asking %s %s questions of %s.", config.load, f"{num_waiting:,}", benchmark.name)
     engine = Engine(model, config.batch_size, skip_broken=config.on_missing == "skip")
+    if num_waiting and ranks.is_first:
+        report.remove(task.folder)
     started = time.perf_counter()
-    try:
-        ask(engine, share(questions, ranks), store)
-    finally:
-        store.close()
+    ask(engine, share(questions, ranks), store)
     store.join()
     seconds = time.perf_counter() - started
     broken = {image for images in ranks.gather([str(image) for image in engine.broken]) for image in images}
     questions = [question for question in questions if str(question.image) not in broken]
     if not questions:
         raise DataError(f"{benchmark.name}: no image decodes, so no question is left.")
+    lost = [question.id for question in questions if question.id not in store.answers]
+    if lost:
+        raise DataError(
+            f"{store.path} lacks the answers to {len(lost):,} of {len(questions):,} questions, such as {lost[0]}; was "
+            "it changed meanwhile? Run the same command again: it asks only these."
+        )
 
     scores = benchmark.score(store.answers, questions)
     facts: dict[str, Any] = {"benchmark": benchmark.name, "model": config.load, "dtype": config.dtype}

@@ -28,7 +28,7 @@ def score(config: ScoreConfig, benchmark: Benchmark) -> dict[str, Any]:
     path = Path(config.predictions).expanduser()
     if not path.is_file():  # said before large annotations are read
         raise DataError(f"predictions={path} is no file.")
-    questions = benchmark.questions()
+    questions = benchmark.some_questions()
     predictions = read_predictions(path, benchmark, questions, allow_partial=config.allow_partial)
     for problem in predictions.problems():
         log.warning("Left out: %s", problem)

@@ -22,10 +22,9 @@ class TwoWords(Benchmark):
         """The right one of the two words."""
         return self.words[0] if question.truth else self.words[1]
 
-    def score_answer(self, prediction: Prediction, question: Question) -> tuple[float, float]:
-        """Both rules are the same."""
-        score = float(self.is_positive(prediction) == question.truth)
-        return score, score
+    def score_answer(self, prediction: Prediction, question: Question) -> tuple[float, ...]:
+        """All rules are the same."""
+        return (float(self.is_positive(prediction) == question.truth),) * len(self.rules)
 
     def details(
         self, rule: str, questions: Sequence[Question], predictions: Mapping[str, Prediction]

@@ -22,7 +22,7 @@ class Validation:
             DataError: the benchmark's files or images are missing.
         """
         self.benchmark, self.batch_size = benchmark, config.batch_size
-        self.questions = engine.select(benchmark.questions(), config.limit)
+        self.questions = engine.select(benchmark.some_questions(), config.limit)
         missing = [question.image for question in self.questions if not question.image.is_file()]
         if missing:
             raise DataError(f"validation: {len(missing)} images of {benchmark.name} are missing, such as {missing[0]}.")

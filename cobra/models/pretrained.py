@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from timm.models import get_pretrained_cfg
 
 from cobra.config import LLMConfig, TowerConfig
 from cobra.errors import CheckpointError, ConfigError
@@ -69,6 +70,18 @@ def tower_weights(tower: VisionTower, weights: Weights, name: str) -> Weights:
     wanted = tower.model.state_dict()
     kept = {key: value for key, value in tensors.items() if key in wanted or not _BEHIND_THE_BLOCKS.fullmatch(key)}
     return Weights.of(kept, weights.origin, weights.source(""))
+
+
+def weights_name(config: TowerConfig) -> str:
+    """Return the file, folder or Hub id that an encoder's weights come from.
+
+    Raises:
+        ConfigError: timm publishes none.
+    """
+    if config.weights != "timm":
+        return config.weights
+    known = get_pretrained_cfg(config.timm)
+    return _published({} if known is None else known.to_dict(), config.timm)
 
 
 def _published(pretrained_cfg: Mapping[str, Any], name: str) -> str:

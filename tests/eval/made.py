@@ -70,6 +70,6 @@ def write_numbers(folder: Path, benchmark: Benchmark, answers: Mapping[str, Pred
     questions = [question for question in benchmark.questions() if question.id in answers]
     scores = benchmark.score(answers, questions)
     write_scores(folder, benchmark, questions, scores, with_image=True)
-    results = report.results_of({"benchmark": benchmark.name, "model": folder.name}, scores)
+    results = report.results_of({"benchmark": benchmark.name, "model": folder.name}, benchmark, scores)
     (folder / "results.json").write_text(json.dumps(results))
     return scores

@@ -6,24 +6,36 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from made import Made
 from official import config_of, configured, rows_of, short
 from PIL import Image
 
 import cobra
 from cobra.errors import DataError, ResourceError
-from cobra.eval.benchmark import FreeText, Question
+from cobra.eval.benchmark import Choices, FreeText, Question
 from cobra.eval.engine import Engine, group_by_image, select
+from cobra.eval.engine import ask as ask_and_store
 from cobra.eval.run import evaluate, evaluate_all
+from cobra.eval.store import AnswerStore
 
 SHORT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to"),
     MemoryError(),
+]
+
+
+OTHER_NAMES = [
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
 ]
 
 
@@ -85,8 +97,71 @@ def test_batches_shrink_until_they_fit(error: BaseException, fits: int) -> None:
 def test_single_question_that_does_not_fit_is_an_error() -> None:
     with pytest.raises(ResourceError, match=r"too small for a single question \(0\): CUDA out of memory"):
         ask(Engine(Crowded(0, SHORT_OF_MEMORY[0]), 4), made(4))
+    for error in OTHER_NAMES:
+        with pytest.raises(ResourceError):
+            ask(Engine(Crowded(0, error), 1), made(1))
     with pytest.raises(RuntimeError, match="another"):
         ask(Engine(Crowded(0, RuntimeError("another")), 4), made(4))
+
+
+@pytest.mark.parametrize("error", [*SHORT_OF_MEMORY, *OTHER_NAMES])
+def test_image_that_memory_is_too_small_for_is_not_taken_for_broken(error: BaseException) -> None:
+    class Full(Crowded):
+        def prepare_image(self, image: Path) -> Path:
+            raise error
+
+    with pytest.raises(ResourceError, match=r"too small to read image0 beside 1 others: .* smaller batch_size"):
+        ask(Engine(Full(9, error), 6, skip_broken=True), made(6))
+
+
+class Wrong(Crowded):
+    """Gives the sixth question a wrong answer."""
+
+    name = "somebody's model"
+
+    def __init__(self, wrong: Any) -> None:
+        super().__init__(9, MemoryError())
+        self.wrong = wrong
+
+    def generate(self, image: Any, prompt: Sequence[str], *, max_new_tokens: int) -> list[Any]:
+        return [self.wrong if text == "5" else text for text in prompt]
+
+    def score(self, image: Any, prompt: Sequence[str], choices: Sequence[str]) -> list[Any]:
+        return [self.wrong if text == "5" else [np.float32(0.75), 0.25] for text in prompt]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "words"),
+    [
+        (FreeText(), None, "None is no text"),
+        (FreeText(), b"yes", "b'yes' is no text"),
+        (Choices(words=("Yes", "No")), [NAN, NAN], "try dtype=float32"),
+        (Choices(words=("Yes", "No")), [torch.tensor(0.5), 0.5], "numbers from 0 to 1"),
+        (Choices(words=("Yes", "No")), [1.0], r"\[1.0\] does not give the probabilities of Yes and No"),
+    ],
+)
+def test_wrong_answer_ends_the_run_and_is_not_stored(tmp_path: Path, kind: Any, wrong: Any, words: str) -> None:
+    questions = [replace(question, answer=kind) for question in made(9)]
+    store = AnswerStore(tmp_path, {}, Made(tmp_path), questions)
+    with pytest.raises(DataError, match=rf"somebody's model answered question 5 in a wrong form: .*{words}"):
+        ask_and_store(Engine(Wrong(wrong), 3), questions, store)
+    store.close()
+    expected = {str(i): str(i) if kind == FreeText() else {"Yes": 0.75, "No": 0.25} for i in range(3)}
+    store = AnswerStore(tmp_path, {}, Made(tmp_path), questions)
+    assert store.answers == expected
+    store.close()
+
+
+def test_number_of_answers_is_checked() -> None:
+    class Short(Crowded):
+        def generate(self, image: Any, prompt: Sequence[str], *, max_new_tokens: int) -> list[str]:
+            return ["yes"]
+
+    with pytest.raises(DataError, match="Short gave 1 answers to 3 questions"):
+        ask(Engine(Short(9, MemoryError()), 3), made(3))
 
 
 def test_image_that_does_not_decode_is_named_or_left_out() -> None:

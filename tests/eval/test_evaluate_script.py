@@ -163,7 +163,8 @@ def test_two_processes_equal_one(trained_run: Path, data_root: Path, tmp_path: P
     evaluate(config_of(trained_run, tmp_path / "one"), configured("pope", data_root))
     alone = rows_of(tmp_path / "one")
     (tmp_path / "two").mkdir()
-    shutil.copy(tmp_path / "one" / "fingerprint.json", tmp_path / "two")
+    for file in ("fingerprint.json", "questions.json"):
+        shutil.copy(tmp_path / "one" / file, tmp_path / "two")
     for file, rows in (("predictions", alone[:3]), ("predictions.rank1", alone[5:9])):
         text = "".join(json.dumps(row) + "\n" for row in rows) + '{"question_id": "ran'
         (tmp_path / "two" / f"{file}.jsonl").write_text(text)

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,18 @@ def test_examples_are_the_best_the_worst_and_some_others(tmp_path: Path) -> None
     assert [one["data-verdict"] == ["right"] for one in data] == [scores.main[one] == 1 for one in chosen]
     options = [option.get("value") for option in read.all("option")]
     assert {kind for one in data for kind in one["data-types"]} <= set(options) and {"a", "b"} <= set(options)
+
+
+def test_filters_know_very_long_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = Made(tmp_path / "images", num_images=1)
+    long = [
+        replace(q, types={"kind": f'{i} "quoted" é\x00' + "long " * 400}) for i, q in enumerate(benchmark.questions())
+    ]
+    monkeypatch.setattr(Made, "questions", lambda _: long)
+    read = written(tmp_path, benchmark, {q.id: q.truth for q in long})
+    kinds = {json.loads(one["data-types"])[0] for one in read.all("article")}
+    options = {option.get("value") for option in read.all("option")}
+    assert len(kinds) == 6 and kinds <= options and max(map(len, kinds)) < 1100
 
 
 def test_surest_answers_come_first(assets: Path, tmp_path: Path) -> None:

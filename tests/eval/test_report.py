@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -79,7 +80,9 @@ def test_benchmarks_fill_the_papers_nine_columns(data_root: Path) -> None:
     [
         ("runs/cobra-3b", "cobra-3b"),
         ("cobra-8b", "cobra-8b"),
-        ("runs/cobra-3b-siglip/checkpoints/step-000100", "cobra-3b-siglip"),
+        ("runs/cobra-8b/", "cobra-8b"),
+        ("runs/cobra-3b-siglip/checkpoints/step-000100", "cobra-3b"),
+        ("cobra-8b/sweep/mine", "cobra-3b"),
         ("han1997/cobra/cobra+3b", "cobra-3b"),
         ("runs/tiny", "cobra-3b"),
         ("cobra-8b/sweep/cobra-3b-aligned", "cobra-3b-aligned"),
@@ -92,12 +95,45 @@ def test_model_is_held_against_its_own_row(model: str, row: str) -> None:
 def test_rows_are_those_of_the_paper() -> None:
     assert paper.ROWS.keys() == RELEASES.keys()
     assert len(paper.LLAVA.scores) == len(COLUMNS) == 9
-    assert paper.comparable("cobra-3b", "POPE", "all", 9_000) == (88.4, True)
-    assert paper.comparable("cobra-3b", "POPE", "all", 3_000) == (88.4, False)  # one split, or a limit
-    assert paper.comparable("cobra-8b", None, "no_ocr", 5_000) == (50.7, True)
-    assert paper.comparable("cobra-3b-base", "TextVQA", "ocr_first", 5_000) == (57.9, True)
-    assert paper.comparable("cobra-3b", None, "random", 3_000) == (None, False)
-    assert paper.comparable("cobra-3b", "easyvqa", "", 5_000) == (None, False)
+    comparable = partial(paper.comparable, is_fair=True)
+    assert comparable("cobra-3b", "POPE", "all", 9_000) == (88.4, True)
+    assert paper.comparable("cobra-3b", "POPE", "all", 9_000, is_fair=False) == (88.4, False)
+    assert comparable("cobra-3b", "POPE", "all", 3_000) == (88.4, False)  # one split, or a limit
+    assert comparable("cobra-8b", None, "no_ocr", 5_000) == (50.7, True)
+    assert comparable("cobra-3b-base", "TextVQA", "ocr_first", 5_000) == (57.9, True)
+    assert comparable("cobra-3b", None, "random", 3_000) == (None, False)
+    assert comparable("cobra-3b", "easyvqa", "", 5_000) == (None, False)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_benchmarks_ask_as_the_paper_does_unless_told_otherwise(data_root: Path, name: str) -> None:
+    benchmark = configured(name, data_root)
+    for part in {"textvqa": ("ocr_first", "ocr_last", "no_ocr")}.get(name, ("",)):
+        assert paper.asked_as_in_paper({"limit": None, "subset": None}, benchmark, part)
+        for left_out in ({"limit": 9_000}, {"subset": "lite"}, {"missing_images": 1}, {"broken_images": ["a.jpg"]}):
+            assert not paper.asked_as_in_paper(left_out, benchmark, part)
+    if name != "textvqa":
+        assert not paper.asked_as_in_paper({}, configured(name, data_root, prompt="{question}"), "")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("gqa", {"tier": "val_balanced"}), ("vsr", {"split": "dev"}), ("pope", {"ask": "text"})]
+)
+def test_other_settings_are_no_fair_comparison(data_root: Path, name: str, changes: dict[str, str]) -> None:
+    assert not paper.asked_as_in_paper({}, configured(name, data_root, **changes), "")
+
+
+def test_wording_of_one_prompt_order_concerns_that_one(data_root: Path) -> None:
+    benchmark: Any = configured("textvqa", data_root)
+    benchmark.prompts = {**benchmark.prompts, "no_ocr": "{question}"}
+    assert not paper.asked_as_in_paper({}, benchmark, "no_ocr")
+    assert paper.asked_as_in_paper({}, benchmark, "ocr_first")
+
+
+def test_text_of_pope_has_the_official_rule_alone(data_root: Path) -> None:
+    benchmark = configured("pope", data_root, ask="text")
+    questions = benchmark.questions()
+    assert set(benchmark.score({q.id: "Yes" for q in questions}, questions).parts) == {"official"}
 
 
 def some_answers(benchmark: Made) -> dict[str, Prediction]:
@@ -117,6 +153,7 @@ def test_report_holds_the_papers_rule_against_the_papers_number(
     assert "| all | 60 | 62.50 | 62.50 to 62.50 | 75.00 | 75.00 to 75.00 | 87.60 | — |" in report
     assert "**no fair comparison**" in report and "none of the paper's" not in report
     monkeypatch.setitem(paper._QUESTIONS, "POPE", (60,))
+    monkeypatch.setitem(paper._SETTINGS, "POPE", {"num_types": 3})  # type: ignore[arg-type]
     write_evaluation(tmp_path, benchmark, some_answers(benchmark), "runs/mine")
     report, results = (tmp_path / "report.md").read_text(), json.loads((tmp_path / "results.json").read_text())
     assert "| all | 60 | 62.50 | 62.50 to 62.50 | 75.00 | 75.00 to 75.00 | 88.40 | -13.40 |" in report

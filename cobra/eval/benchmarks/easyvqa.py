@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from cobra.data import easyvqa
 from cobra.data.conversations import read_rows
@@ -18,7 +17,7 @@ _SHAPE = re.compile(r"\b(circle|rectangle|triangle)\b")
 class EasyVQA(Benchmark):
     """Exact match, capitals and outer spaces aside."""
 
-    rules: ClassVar[tuple[str, ...]] = (OFFICIAL,)
+    rules = (OFFICIAL,)
     folder: str
     name: str = "easyvqa"
     max_new_tokens: int = 8

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 from cobra.config import one_of
-from cobra.eval.benchmark import MEAN, Choices, FreeText, Prediction, Question
+from cobra.eval.benchmark import MEAN, OFFICIAL, Choices, FreeText, Prediction, Question
 from cobra.eval.files import Source, check_unique, expecting, locate, read_json_lines
 from cobra.eval.rules.binary import confusion
 from cobra.eval.two_words import TwoWords
@@ -46,6 +46,8 @@ class Pope(TwoWords):
         for split in self.splits:
             one_of("benchmark.splits", split, SPLITS)
         one_of("benchmark.ask", self.ask, ASK)
+        if self.ask == "text":
+            self.rules = (OFFICIAL,)  # the paper's harness compares probabilities
 
     def questions(self) -> list[Question]:
         """Read the splits; an id is `<split>/<question_id>`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -9,7 +10,7 @@ from typing import Any, ClassVar
 from cobra.config import one_of
 from cobra.errors import DataError
 from cobra.eval.benchmark import Benchmark, FreeText, Prediction, Question, most_common, text
-from cobra.eval.files import Source, check_unique, expecting, locate, read_json, read_json_lines
+from cobra.eval.files import Source, check_unique, expecting, locate, read_json, read_json_lines, whole_number
 from cobra.eval.rules import vqa
 
 FOLDER = "text-vqa"
@@ -49,25 +50,26 @@ class TextVQA(Benchmark):
         answer = FreeText(max_new_tokens=self.max_new_tokens)
         with expecting(path, "TextVQA's validation file"):
             rows: list[Any] = read_json(path)["data"]
-            truths = {str(row["question_id"]): _truth(row) for row in rows}
-        check_unique(path, [str(row["question_id"]) for row in rows])
+            ids = [whole_number(row["question_id"]) for row in rows]
+            images_of_rows, truths = [row["image_id"] for row in rows], [_truth(row) for row in rows]
+        check_unique(path, list(map(str, ids)))
         with expecting(ocr_path, "the OCR file of TextVQA's validation set"):
             texts = [(row["question_id"], *_split(row["text"])) for row in read_json_lines(ocr_path)]
-        if [row["image_id"] for row in rows] != [image for image, _, _ in texts]:
+        if images_of_rows != [image for image, _, _ in texts]:
             raise DataError(
                 f"{ocr_path} is not in the order of {path}; is it of another version? Get it from {OCR.url}."
             )
         return [
             Question(
-                id=f"{row['question_id']}/{order}",
-                image=images / f"{row['image_id']}.jpg",
-                text=self.prompts[order].replace("{ocr}", tokens).replace("{question}", question),
+                id=f"{number}/{order}",
+                image=images / f"{image}.jpg",
+                text=_fill(self.prompts[order], question=question, ocr=tokens),
                 answer=answer,
-                truth=truths[str(row["question_id"])],
+                truth=truth,
                 part=order,
             )
             for order in self.orders
-            for row, (_, question, tokens) in zip(rows, texts, strict=True)
+            for number, truth, (image, question, tokens) in zip(ids, truths, texts, strict=True)
         ]
 
     def row_id(self, row: Mapping[str, Any]) -> str:
@@ -93,6 +95,11 @@ def _truth(row: dict[str, Any]) -> tuple[str, ...]:
     if len(answers) != NUM_ANSWERS or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"question {row['question_id']} has not {NUM_ANSWERS} texts for answers")
     return tuple(answers)
+
+
+def _fill(prompt: str, **values: str) -> str:
+    """Put the question and the OCR tokens into a prompt, in one go: either may hold the other's place in braces."""
+    return re.sub(r"\{(ocr|question)\}", lambda place: values[place[1]], prompt)
 
 
 def _split(text: str) -> tuple[str, str]:

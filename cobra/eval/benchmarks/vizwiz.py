@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from cobra.eval.benchmark import Benchmark, FreeText, Prediction, Question, most_common, text
-from cobra.eval.files import Source, check_unique, expecting, locate, read_json
+from cobra.eval.files import Source, check_unique, expecting, locate, read_json, some_answers
 from cobra.eval.rules import vqa
 from cobra.eval.rules.binary import average_precision, confusion
 
@@ -39,7 +39,7 @@ class VizWiz(Benchmark):
                     image=images / row["image"],
                     text=self.prompt.replace("{question}", row["question"]),
                     answer=FreeText(max_new_tokens=self.max_new_tokens),
-                    truth=tuple(entry["answer"] for entry in row["answers"]),
+                    truth=tuple(entry["answer"] for entry in some_answers(row, row["image"])),
                     types={
                         "answerable": "answerable" if int(row["answerable"]) else "unanswerable",
                         "answer type": row["answer_type"],

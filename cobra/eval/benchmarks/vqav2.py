@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from cobra.errors import DataError
 from cobra.eval.benchmark import Benchmark, FreeText, Prediction, Question, most_common, text
-from cobra.eval.files import Source, check_unique, expecting, locate, read_json
+from cobra.eval.files import Source, check_unique, expecting, locate, read_json, some_answers, whole_number
 from cobra.eval.rules.vqa import vqav2_official, vqav2_paper
 
 FOLDER = "vqa-v2"
@@ -66,11 +66,11 @@ class VQAv2(Benchmark):
             types = kinds.setdefault(kind, {"answer type": kind[0], "question type": kind[1]})
             result.append(
                 Question(
-                    id=str(row["question_id"]),
+                    id=str(whole_number(row["question_id"])),
                     image=paths[number],
                     text=self.prompt.replace("{question}", texts[row["question_id"]]),
                     answer=answer,
-                    truth=_truth(row["answers"]),
+                    truth=_truth(some_answers(row, row["question_id"])),
                     types=types,
                 )
             )
