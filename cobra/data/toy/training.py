@@ -16,7 +16,7 @@ from cobra.data.toy.prompts import ask
 ANNOTATIONS = "train.json"
 IMAGES = "train_images"
 SHARES = {"scene": 0.65, "photo": 0.1, "signs": 0.25}  # of the images
-ROWS = {"gqa": 3, "vqav2": 2, "pope": 4, "vsr": 4}  # per scene; of RefCOCO one per set
+ROWS = {"gqa": 3, "vqav2": 2, "pope": 4, "vsr": 3}  # per scene; of RefCOCO one per set
 NUM_ITEMS = {1: 0.2, 2: 0.45, 3: 0.35}  # simple scenes come first in what is learnt
 
 Row = tuple[str, str]  # message and answer
