@@ -1,6 +1,15 @@
 """Pretrain the pair of tiny vision towers that reads the miniature benchmarks, on scenes like theirs.
 
-python scripts/make_toy_towers.py [--out cobra/assets/tiny] [--steps N] [--seed 0]
+    python scripts/make_toy_towers.py [--out cobra/assets/tiny] [--steps N] [--seed 0]
+
+The shipped pair (4,500 steps, seed 0) took 12 minutes on 2 CPU cores that other work kept busy as well. Linear heads on
+single patch tokens of the last block, fitted to 400 further pictures, get this share of the patches of 300 unseen ones
+right: the object (of 15 kinds, or none), the first decimal of its left and its lower edge, whether it is the leftmost
+one, and the word on a sign. The words have not been learnt (chance: 10%).
+
+    tower          object   left tenth  lower tenth     leftmost         word
+    dino            99.0%        83.1%        82.3%        95.9%        12.4%
+    siglip          98.7%        84.7%        84.5%        95.8%        13.8%
 """
 
 import argparse
@@ -38,7 +47,7 @@ ASKED: dict[str, tuple[Callable[[Truth], Tensor], Callable[[Truth], Tensor]]] = 
     "leftmost": (lambda truth: truth["kind"] > 0, lambda truth: truth["extreme"][..., 0].long()),
     "word": (lambda truth: truth["word"] > 0, lambda truth: truth["word"]),
 }
-NUM_PROBED = 800
+NUM_PROBED = (400, 300)  # pictures that the probes are fitted to, and tested on
 
 
 def render(rng: np.random.Generator, count: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -131,7 +140,7 @@ def features(name: str, weights: bytes, pixels: Tensor) -> Tensor:
 def probe(weights: dict[str, bytes], seed: int) -> None:
     """Print what linear heads on single patches, fitted to rendered scenes, get right on unseen ones."""
     rng = np.random.default_rng([seed, 1])  # not the one that trained the towers
-    sets = [render(rng, NUM_PROBED) for _ in range(2)]
+    sets = [render(rng, count) for count in NUM_PROBED]
     found = [{name: features(name, w, pixels) for name, w in weights.items()} for pixels, _ in sets]
     for by_tower in found:
         by_tower["both"] = torch.cat(list(by_tower.values()), -1)
@@ -150,7 +159,7 @@ def probe(weights: dict[str, bytes], seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("cobra/assets/tiny"))
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     weights = make(args.out, args.steps, args.seed, "toy-{}.safetensors", ToyPretraining, render)
