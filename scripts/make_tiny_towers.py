@@ -20,6 +20,7 @@ shapes and 3,710 colours of 4,000). No image of easy-VQA is learnt from: they ar
 
 import argparse
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing import get_context
@@ -45,6 +46,8 @@ TOWERS = {
 COLOR_NAMES = tuple(COLORS)
 BATCH, RATE = 32, 2e-3
 
+Render = Callable[[np.random.Generator, int], tuple[Tensor, dict[str, Tensor]]]  # pixels and what is to be learnt
+
 
 def render(rng: np.random.Generator, count: int) -> tuple[Tensor, dict[str, Tensor]]:
     """`count` scenes of one object: uint8 pixels [N, 3, S, S] and, per scene, what there is to be learnt.
@@ -63,29 +66,39 @@ def render(rng: np.random.Generator, count: int) -> tuple[Tensor, dict[str, Tens
     return torch.from_numpy(np.stack([scene.pixels() for scene in scenes])).permute(0, 3, 1, 2), truth
 
 
-class Pretraining(nn.Module):
-    """A tower and, for its second-to-last block as for its output, linear heads that are thrown away afterwards.
+class Tower(nn.Module):
+    """A timm tower that reads uint8 pixels; subclasses add the heads that it learns from, which are thrown away."""
+
+    def __init__(self, name: str, **kwargs: Any) -> None:
+        super().__init__()
+        timm_name, common = TOWERS[name]
+        self.tower: Any = timm.create_model(timm_name, pretrained=False, **common | kwargs)
+        wanted = self.tower.pretrained_cfg
+        self.mean, self.std = (torch.tensor(wanted[key])[:, None, None] for key in ("mean", "std"))
+
+    def tokens(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The patch tokens [N, patches, WIDTH] of the second-to-last block, which Cobra reads, and of the output."""
+        block = len(self.tower.blocks) - 2
+        output, (read,) = self.tower.forward_intermediates(self.normal(pixels), indices=[block], output_fmt="NLC")
+        return read, output[:, self.tower.num_prefix_tokens :]
+
+    def normal(self, pixels: Tensor) -> Tensor:
+        """What the tower is fed with."""
+        return (pixels.float() / 255 - self.mean) / self.std
+
+
+class Pretraining(Tower):
+    """For a tower's second-to-last block as for its output, linear heads.
 
     As their namesakes do, "siglip" learns from what a caption could say of the whole picture (shape, colour, place),
     "dino" from every patch as well (how far it is covered, and by what).
     """
 
     def __init__(self, name: str) -> None:
-        super().__init__()
-        timm_name, kwargs = TOWERS[name]
+        super().__init__(name)
         self.dense = name == "dino"
-        self.tower: Any = timm.create_model(timm_name, pretrained=False, **kwargs)
-        wanted = self.tower.pretrained_cfg
-        self.mean, self.std = (torch.tensor(wanted[key])[:, None, None] for key in ("mean", "std"))
         self.caption = nn.ModuleList(nn.Linear(WIDTH, len(SHAPES) + len(COLORS) + 4) for _ in range(2))
         self.patch = nn.ModuleList(nn.Linear(WIDTH, len(SHAPES) + len(COLORS) + 1) for _ in range(2))
-
-    def tokens(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The patch tokens [N, patches, WIDTH] of the second-to-last block, which Cobra reads, and of the output."""
-        pixels = (pixels.float() / 255 - self.mean) / self.std
-        block = len(self.tower.blocks) - 2
-        output, (read,) = self.tower.forward_intermediates(pixels, indices=[block], output_fmt="NLC")
-        return read, output[:, self.tower.num_prefix_tokens :]
 
     def forward(self, pixels: Tensor, truth: dict[str, Tensor]) -> Tensor:
         """The sum of all heads' losses on a batch from `render`."""
@@ -104,11 +117,11 @@ class Pretraining(nn.Module):
         return loss
 
 
-def train(name: str, steps: int, seed: int) -> bytes:
+def train(name: str, steps: int, seed: int, kind: type[Tower] = Pretraining, render: Render = render) -> bytes:
     """Pretrain one tower on one CPU core; its weights as a safetensors file, in half precision."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    model = Pretraining(name)
+    model = kind(name)
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.98), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1)
@@ -124,6 +137,19 @@ def train(name: str, steps: int, seed: int) -> bytes:
             seconds = time.perf_counter() - start
             print(f"{name:6} step {step}/{steps}  loss {loss.item():.4f}  {seconds:.0f} s", flush=True)
     return save({key: value.half().contiguous() for key, value in model.tower.state_dict().items()})
+
+
+def make(out: Path, steps: int, seed: int, file: str, kind: type[Tower], render: Render) -> dict[str, bytes]:
+    """Pretrain all towers side by side, a core each, and write them; `file` names one, with {} for the tower."""
+    with ProcessPoolExecutor(len(TOWERS), get_context("spawn")) as pool:
+        made = pool.map(train, TOWERS, *map(repeat, (steps, seed, kind, render)))
+        weights = dict(zip(TOWERS, made, strict=True))
+    out.mkdir(parents=True, exist_ok=True)
+    for name, data in weights.items():
+        part = out / f".{name}.part"
+        part.write_bytes(data)
+        part.replace(out / file.format(name))
+    return weights
 
 
 def easy_vqa_train() -> tuple[Tensor, dict[str, Tensor]] | None:
@@ -194,14 +220,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    with ProcessPoolExecutor(len(TOWERS), get_context("spawn")) as pool:  # a core for each tower
-        made = pool.map(train, TOWERS, repeat(args.steps), repeat(args.seed))
-        weights = dict(zip(TOWERS, made, strict=True))
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, data in weights.items():
-        part = args.out / f".{name}.part"
-        part.write_bytes(data)
-        part.replace(args.out / f"{name}.safetensors")
+    weights = make(args.out, args.steps, args.seed, "{}.safetensors", Pretraining, render)
     probe(weights, args.seed)
 
 

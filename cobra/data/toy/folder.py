@@ -79,7 +79,7 @@ def _write_coco(root: Path, toy: Toy, streams: dict[str, np.random.Generator]) -
     rng = streams["vqav2"]
     scenes: list[Scene] = []
     for number in range(toy.vqav2):
-        count = int(rng.integers(pope.NUM_OBJECTS if number < toy.pope else 1, 4, endpoint=True))
+        count = int(rng.integers(pope.NUM_OBJECTS if number < toy.pope else 1, 3, endpoint=True))
         kinds = rng.choice(len(KINDS), count, replace=False, p=pope.frequencies())
         scenes.append(scattered_scene(rng, [KINDS[i] for i in kinds], SIZE, SIDES))
     images = vqav2.write(root / vqav2.FOLDER, scenes, rng)

@@ -251,7 +251,7 @@ def write(folder: Path, num_images: int, rng: np.random.Generator) -> None:
     questions: dict[str, Any] = {}
     choices: dict[str, Any] = {}
     for image_id in distinct_numbers(rng, num_images, 2_400_000):
-        scene = random_scene(rng, (2, 4))
+        scene = random_scene(rng, (3, 3))
         save_image(scene.image(), folder / "images" / f"{image_id}.jpg")
         asked = fair_choice(candidates(scene), QUESTIONS_PER_IMAGE, rng)
         ids = {one.question: f"{20 * 10**7 + len(questions) + i}" for i, one in enumerate(asked)}

@@ -18,6 +18,7 @@ from cobra.data.toy.relations import DIRECTIONS, PHRASES, extreme
 FOLDER = "refcoco"
 SENTENCES_PER_OBJECT = 3
 NUM_ITEMS = (2, 3)
+STEP = 0.05  # of the edges in answers: an overlap of a half is easily reached
 LARGER = 1.4  # times the area of every other object
 WORDS = {
     "left of": ("left", "on the left", "leftmost"),
@@ -68,8 +69,8 @@ SETS: dict[str, tuple[str, tuple[str, ...], Callable[[Scene, Item], list[str]]]]
 
 
 def box_text(item: Item, size: int) -> str:
-    """The answer: left, top, right, bottom in 0..1 with two decimals."""
-    return "[" + ", ".join(f"{edge / size:.2f}" for edge in item.box) + "]"
+    """The answer: left, top, right, bottom in 0..1 with two decimals, in steps that the tiny model can tell apart."""
+    return "[" + ", ".join(f"{round(edge / size / STEP) * STEP:.2f}" for edge in item.box) + "]"
 
 
 def write(folder: Path, num_images: int, rng: np.random.Generator) -> None:

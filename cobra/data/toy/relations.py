@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from cobra.data.scenes import Item, Scene
 
 MARGIN = 0.14  # of the picture's side, between two centres that count as one left of the other
-NEAR, FAR = 0.08, 0.25  # of the picture's side: at most, and at least, this gap
 
 
 def _along(axis: int, sign: int) -> Callable[[Item, Item, int], bool | None]:
@@ -18,23 +17,12 @@ def _along(axis: int, sign: int) -> Callable[[Item, Item, int], bool | None]:
     return holds
 
 
-def _close(one: Item, other: Item, size: int) -> bool | None:
-    gap = one.gap(other) / size
-    return True if gap <= NEAR else False if gap >= FAR else None
-
-
-def _distant(one: Item, other: Item, size: int) -> bool | None:
-    is_close = _close(one, other, size)
-    return None if is_close is None else not is_close
-
-
 DIRECTIONS: dict[str, Callable[[Item, Item, int], bool | None]] = {
     "left of": _along(0, 1),
     "right of": _along(0, -1),
     "above": _along(1, 1),
     "below": _along(1, -1),
 }
-RELATIONS = DIRECTIONS | {"near": _close, "far from": _distant}
 PHRASES = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
 
 

@@ -1,14 +1,14 @@
-"""TextVQA in miniature: signs with a word or a number on them, and what an OCR system read from top to bottom."""
+"""TextVQA in miniature: signs with a word on them, and what an OCR system read from top to bottom."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cobra.data.scenes import scattered_scene
+from cobra.data.scenes import Scene, scattered_scene
 from cobra.data.toy.asking import (
     COLORS,
     SIZE,
@@ -23,29 +23,28 @@ from cobra.data.toy.asking import (
 
 FOLDER = "text-vqa"
 WORDS: tuple[str, ...] = ("bus", "cat", "cup", "dog", "hat", "key", "map", "pen", "sun", "tea")
-NUM_SIGNS = 3
-SIDES = (0.31, 0.42)  # of a sign, as a share of the picture's side
+NUM_SIGNS = 2
+SIDES = (0.34, 0.44)  # of a sign, as a share of the picture's side
 FONT_SIZE = 12  # pixels
 DARK = 110  # below this luminance white paint can be read better than black
 
 
 @dataclass(frozen=True, kw_only=True)
 class Signs:
-    """A picture, its questions, and the texts on it from top to bottom."""
+    """A picture of signs from top to bottom, what is written on each, and its questions."""
 
     image: Image.Image
-    asked: list[Asked]
+    scene: Scene
     texts: list[str]
+    asked: list[Asked]
 
 
 def signs(rng: np.random.Generator) -> Signs:
-    """Draw signs of different colours, with words and on one of them perhaps a number, and ask about them."""
+    """Draw signs of different colours with different words, and ask about each."""
     colors = shuffled(COLORS, rng)[:NUM_SIGNS]
     scene = scattered_scene(rng, [(color, "rectangle") for color in colors], SIZE, SIDES)
-    texts: list[str] = shuffled(WORDS, rng)[:NUM_SIGNS]
-    number = str(rng.integers(10, 100))
-    if rng.random() < 0.5:
-        texts[int(rng.integers(NUM_SIGNS))] = number
+    scene = replace(scene, items=tuple(sorted(scene.items, key=lambda item: item.center[1])))
+    texts = shuffled(WORDS, rng)[:NUM_SIGNS]
     image = scene.image()
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(FONT_SIZE)
     asked: list[Asked] = []
@@ -54,10 +53,7 @@ def signs(rng: np.random.Generator) -> Signs:
         is_dark = 0.3 * red + 0.6 * green + 0.1 * blue < DARK
         pen.text(item.center, text, fill="white" if is_dark else "black", font=font, anchor="mm")
         asked.append(Asked(question=f"What is written on the {item.color} sign?", answer=text, kind="sign"))
-    if number in texts:
-        asked.append(Asked(question="What number is written there?", answer=number, kind="number"))
-    order = sorted(range(NUM_SIGNS), key=lambda i: scene.items[i].center[1])
-    return Signs(image=image, asked=asked, texts=[texts[i] for i in order])
+    return Signs(image=image, scene=scene, texts=texts, asked=asked)
 
 
 def write(folder: Path, num_images: int, rng: np.random.Generator) -> None:
@@ -68,6 +64,7 @@ def write(folder: Path, num_images: int, rng: np.random.Generator) -> None:
         image_id = f"{number:016x}"
         drawn = signs(rng)
         save_image(drawn.image, folder / "train_val_images" / f"{image_id}.jpg")
+        misread = ["unanswerable", *(word for word in WORDS if word not in drawn.texts)]
         for asked in shuffled(drawn.asked, rng)[: int(rng.integers(1, 2, endpoint=True))]:
             rows.append(
                 {
@@ -78,7 +75,7 @@ def write(folder: Path, num_images: int, rng: np.random.Generator) -> None:
                     "flickr_300k_url": "",
                     "image_width": SIZE,
                     "image_height": SIZE,
-                    "answers": ten_answers(asked.answer, [*drawn.texts, "unanswerable"], rng),
+                    "answers": ten_answers(asked.answer, misread, rng),
                     "question_tokens": asked.question.lower().strip("?").split(),
                     "question_id": 34_602 + len(rows),
                     "set_name": "val",

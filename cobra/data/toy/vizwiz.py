@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from cobra.data.scenes import SHAPES
+from cobra.data.scenes import SHAPES, Scene
 from cobra.data.toy.asking import COLORS, SIZE, Asked, random_scene, save_image, shuffled, ten_answers, write_json
 
 FOLDER = "vizwiz"
@@ -29,9 +29,13 @@ def photo(rng: np.random.Generator) -> tuple[Image.Image, Asked]:
     fitting = [one for one, answer in questions.items() if (answer != UNANSWERABLE) == wants_answer]
     question = shuffled(fitting, rng)[0]
     if is_blurred:
-        image = scene.image().filter(ImageFilter.GaussianBlur(BLUR))
-        return image, Asked(question=question, answer=UNANSWERABLE, kind="other")
+        return blurred(scene), Asked(question=question, answer=UNANSWERABLE, kind="other")
     return scene.image(), Asked(question=question, answer=questions[question], kind="other")
+
+
+def blurred(scene: Scene) -> Image.Image:
+    """Take a photo that shows nothing but a hint of colour."""
+    return scene.image().filter(ImageFilter.GaussianBlur(BLUR))
 
 
 def write(folder: Path, num_images: int, rng: np.random.Generator) -> None:

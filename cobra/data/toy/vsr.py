@@ -17,7 +17,7 @@ from cobra.data.toy.asking import (
     shuffled,
     write_json_lines,
 )
-from cobra.data.toy.relations import RELATIONS, pairs
+from cobra.data.toy.relations import DIRECTIONS, pairs
 
 FOLDER = "vsr"
 
@@ -41,7 +41,7 @@ def candidates(scene: Scene) -> list[Statement]:
             object=other.name,
         )
         for one, other in pairs(scene)
-        for relation, holds in RELATIONS.items()
+        for relation, holds in DIRECTIONS.items()
         if (label := holds(one, other, scene.size)) is not None
     ]
 
@@ -52,7 +52,7 @@ def write(folder: Path, num_images: int, rng: np.random.Generator) -> None:
     for split, chosen in (("test", numbers[:num_images]), ("dev", numbers[num_images:])):
         rows: list[dict[str, object]] = []
         for number in chosen:
-            scene = random_scene(rng, (2, 3))
+            scene = random_scene(rng, (2, 2))
             save_image(scene.image(), folder / "images" / f"{number:012d}.jpg")
             for label in (True, False):
                 fitting = [one for one in candidates(scene) if one.answer == str(label)]
