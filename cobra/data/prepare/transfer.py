@@ -57,6 +57,7 @@ class Transfer:
             StartOver: the bytes here must be dropped, or the rest be brought from another mirror.
             Stopped: `stop` was set.
         """
+        self._part.trim()
         saved = time.monotonic()
         with ThreadPoolExecutor(self._connections) as self._pool:
             self._futures.append(self._pool.submit(self._work))
