@@ -10,7 +10,7 @@ import pytest
 from file_server import Mirror, serving
 
 from cobra.data.prepare import transfer
-from cobra.data.prepare.download import RemoteFile, download
+from cobra.data.prepare.download import RemoteFile, download, is_complete
 from cobra.data.prepare.partial import Partial
 from cobra.errors import DataError
 
@@ -60,3 +60,16 @@ def test_part_that_something_else_changes_gets_no_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.part has 0 bytes now"):
         part.wrong_checksum()
     assert not (tmp_path / "a").exists()
+
+
+def test_part_of_a_file_that_is_there_goes(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    part = Partial(target, None, None, lambda _: None)
+    part.add(0, 10)
+    part.save()
+    target.write_bytes(CONTENT)  # put there by hand
+    file = RemoteFile(urls=(), target=target, checksum=SHA256)
+    assert is_complete(file, remember=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.part", "a.part.json"]  # nothing was written
+    download([file])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.lock", ".a.verified", "a"]

@@ -196,6 +196,17 @@ class Partial:
         )
 
 
+def has_partial(target: Path) -> bool:
+    """Whether something of an unfinished file is on the disk."""
+    return _part_of(target).exists() or _notes_of(target).exists()
+
+
+def remove_partial(target: Path) -> None:
+    """Delete what is on the disk of an unfinished file."""
+    for path in (_part_of(target), _notes_of(target)):
+        path.unlink(missing_ok=True)
+
+
 def present_bytes(target: Path) -> int:
     """Return how many bytes of an unfinished file are on the disk."""
     try:
