@@ -106,6 +106,26 @@ def test_web_page_is_not_the_file(tmp_path: Path) -> None:
     assert (tmp_path / "a.zip").read_bytes() == CONTENT
 
 
+@pytest.mark.parametrize("head", [b"<!DOCTYPE html>", b"\xef\xbb\xbf\r\n <HTML lang='en'>"])
+def test_web_page_by_another_name_is_not_the_file(tmp_path: Path, head: bytes) -> None:
+    page = Mirror({"a.zip": head + b"Quota exceeded", "a.html": head})
+    good = Mirror({"a.zip": CONTENT})
+    with serving(page, good):
+        download([RemoteFile(urls=(page.url("a.zip"), good.url("a.zip")), target=tmp_path / "a.zip")])
+        download([RemoteFile(urls=(page.url("a.html"),), target=tmp_path / "a.html")])
+        page.ranges = False  # bytes that are here do not count as lost, either
+        part = Partial(tmp_path / "b.zip", len(CONTENT), SHA256, lambda _: None)
+        part.path.write_bytes(CONTENT[:5000])
+        part.add(0, 5000)
+        part.save()
+        sent = good.sent
+        urls = (page.url("a.zip"), good.url("a.zip"))
+        download([RemoteFile(urls=urls, target=tmp_path / "b.zip", size=len(CONTENT), checksum=SHA256)])
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes() == CONTENT
+    assert good.sent - sent == len(CONTENT) - 5000
+    assert (tmp_path / "a.html").read_bytes() == head
+
+
 def test_full_disk_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=500_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)

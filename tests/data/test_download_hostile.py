@@ -64,6 +64,25 @@ def test_fifty_cuts_cost_no_byte(tmp_path: Path) -> None:
     assert mirror.cuts == 0 and mirror.sent <= sum(map(len, contents.values())) + asked
 
 
+@pytest.mark.parametrize("refusals", [1, 2, 3])
+def test_refused_connections_leave_the_others(tmp_path: Path, refusals: int) -> None:
+    """Also where all three are refused in the end: one alone goes on."""
+    content = content_of(4 * MIB)
+    refused = [(403, {}), (429, {"Retry-After": "3600"}), (403, {})][:refusals]
+    first, second = Mirror({"a": content}, statuses=[(0, {}), *refused]), Mirror({"a": content})
+    with serving(first, second):
+        urls = (first.url("a"), second.url("a"))
+        download([RemoteFile(urls=urls, target=tmp_path / "a", size=len(content))], connections=3)
+        assert (tmp_path / "a").read_bytes() == content
+        assert not first.statuses and not second.requests
+        first.statuses = [(0, {})] + 4 * [(403, {})]  # the one alone, too: the other mirror has to give the rest
+        second.statuses = [(0, {})]
+        files = [RemoteFile(urls=urls, target=tmp_path / "b", size=len(content), checksum=sha256(content))]
+        download(files, connections=3)
+    assert (tmp_path / "b").read_bytes() == content
+    assert not first.statuses and first.sent + second.sent == 2 * len(content)
+
+
 def test_only_mirror_without_ranges_begins_again(tmp_path: Path) -> None:
     content = content_of(MIB)
     mirror = Mirror({"a": content}, ranges=False, cuts=2)

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from cobra.data.prepare.mirrors import NoMirrorLeft, fetch
-from cobra.data.prepare.partial import Partial, present_bytes
+from cobra.data.prepare.partial import Partial, has_partial, present_bytes, remove_partial
 from cobra.data.prepare.sources import SCHEMES, Interrupted, Refused, Sources
 from cobra.data.prepare.transfer import Stopped
 from cobra.data.progress import progress
@@ -75,7 +75,12 @@ def download(files: Sequence[RemoteFile], *, jobs: int = 4, connections: int = 4
     Raises:
         DataError: the disk is too small, or files could not be fetched: each is named, with every mirror's reason.
     """
-    wanted = [file for file in {file.target: file for file in files}.values() if not is_complete(file)]
+    wanted: list[RemoteFile] = []
+    for file in {file.target: file for file in files}.values():
+        if is_complete(file):
+            _tidy(file.target)
+        else:
+            wanted.append(file)
     if not wanted:
         return
     missing = _missing_bytes(wanted)
@@ -101,8 +106,12 @@ def download(files: Sequence[RemoteFile], *, jobs: int = 4, connections: int = 4
         raise DataError("\n".join(failures))
 
 
-def is_complete(file: RemoteFile) -> bool:
-    """Whether the target is there with the right size and checksum; the checksum is computed once and remembered."""
+def is_complete(file: RemoteFile, *, remember: bool = True) -> bool:
+    """Whether the target is there with the right size and checksum.
+
+    Args:
+        remember: write down that the checksum is right, so that it is computed once.
+    """
     if not file.target.is_file():
         return False
     if file.size is not None and file.target.stat().st_size != file.size:
@@ -120,7 +129,8 @@ def is_complete(file: RemoteFile) -> bool:
             found.update(block)
     if found.hexdigest() != digits:
         return False
-    _seal(file)
+    if remember:
+        _seal(file)
     return True
 
 
@@ -149,7 +159,7 @@ def remote_sizes(files: Sequence[RemoteFile]) -> list[int | None]:
 def _fetch(file: RemoteFile, sources: Sources, connections: int, stop: threading.Event, bar: _Bar) -> None:
     """Fetch one file, unless another process has done so in the meantime."""
     file.target.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file.target.with_name(f".{file.target.name}.lock"))
+    lock = _lock_of(file.target)
     waiting = False
     while not stop.is_set():
         try:
@@ -177,6 +187,17 @@ def _fetch(file: RemoteFile, sources: Sources, connections: int, stop: threading
             raise DataError(_failure(file, error.reasons)) from None
         finally:
             lock.release()
+
+
+def _tidy(target: Path) -> None:
+    """Remove what was fetched of a file that has come in another way, unless a process is at work on it."""
+    if has_partial(target):
+        with suppress(OSError), _lock_of(target).acquire(timeout=0):  # also where the folder may only be read
+            remove_partial(target)
+
+
+def _lock_of(target: Path) -> FileLock:
+    return FileLock(target.with_name(f".{target.name}.lock"))
 
 
 def _failure(file: RemoteFile, reasons: Mapping[str, str]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from cobra.errors import DataError
 from cobra.runtime import flush_to_disk, write_text
 
 _FORMAT = 1
@@ -47,6 +48,7 @@ class Partial:
         self._load()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
+        self.trim()
 
     @property
     def present(self) -> int:
@@ -85,6 +87,11 @@ class Partial:
             self._unsaved = True
         self._on_bytes(stop - start)
 
+    def trim(self) -> None:
+        """Cut off what lies behind the last good byte: it would stay as the tail of a file that has become shorter."""
+        with self._lock, self.path.open("r+b") as file:
+            file.truncate(max((stop for _, stop in self._ranges), default=0))
+
     def drop(self) -> None:
         """Forget every byte."""
         self._on_bytes(-self.present)
@@ -92,8 +99,7 @@ class Partial:
         self.total = self.size
         self.validators, self.sources = {}, set()
         self._restart_hash()
-        with self.path.open("r+b") as file:
-            file.truncate(0)
+        self.trim()
         self.save()
 
     def save(self) -> None:
@@ -151,6 +157,8 @@ class Partial:
                 while self._hashed < stop:
                     block = memoryview(self._block)[: min(_HASH_BLOCK, stop - self._hashed)]
                     count = file.readinto(block)
+                    if not count:
+                        raise self._changed()
                     self._hash.update(block[:count])
                     self._hashed += count
         return self._hashed < front
@@ -170,10 +178,33 @@ class Partial:
         self._block = bytearray(_HASH_BLOCK if self._hash is not None else 0)
 
     def finish(self) -> None:
-        """Give the complete file its name."""
+        """Give the complete file its name.
+
+        Raises:
+            DataError: it has another size than what was brought.
+        """
+        if self.path.stat().st_size != self.total:
+            raise self._changed()
         flush_to_disk(self.path)
         self.path.replace(self._target)
         self._notes.unlink(missing_ok=True)
+
+    def _changed(self) -> DataError:
+        return DataError(
+            f"{self.path} has {self.path.stat().st_size} bytes now, and not those that were written: something else "
+            "changes it; end that, and start the same command again."
+        )
+
+
+def has_partial(target: Path) -> bool:
+    """Whether something of an unfinished file is on the disk."""
+    return _part_of(target).exists() or _notes_of(target).exists()
+
+
+def remove_partial(target: Path) -> None:
+    """Delete what is on the disk of an unfinished file."""
+    for path in (_part_of(target), _notes_of(target)):
+        path.unlink(missing_ok=True)
 
 
 def present_bytes(target: Path) -> int:

@@ -60,7 +60,7 @@ def describe(manifests: Sequence[Manifest], root: Path) -> str:
         folder = root / manifest.folder
         lines += [f"{manifest.name}: {manifest.title} -> {folder}", f"  licence: {manifest.licence}"]
         remote = {file.target: file for file in remote_files(manifest, root)}
-        unknown = [file for file in remote.values() if file.size is None and not is_complete(file)]
+        unknown = [file for file in remote.values() if file.size is None and not is_complete(file, remember=False)]
         sizes = dict(zip([file.target for file in unknown], remote_sizes(unknown), strict=True))
         for file in manifest.files:
             target = folder / file.target
@@ -80,7 +80,7 @@ def _state(file: SourceFile, folder: Path, remote: RemoteFile | None) -> str:
         return "extracted"
     if remote is None:
         return "there" if (folder / file.target).is_file() else "by hand"
-    return "there" if is_complete(remote) else "to download"
+    return "there" if is_complete(remote, remember=False) else "to download"
 
 
 def _missing_gigabytes(manifest: Manifest, root: Path) -> float:

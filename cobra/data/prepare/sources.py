@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import itertools
 import re
 import time
 import urllib.parse
@@ -22,6 +23,7 @@ _READ_SIZE = 2**20  # bytes
 _MAX_WAIT = 120  # seconds; a server that asks for more is left for the next mirror
 _TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _WEB_PAGES = (".html", ".htm")
+_HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html)\b", re.IGNORECASE)
 
 
 class Refused(Exception):
@@ -117,13 +119,10 @@ def _answer(response: requests.Response, url: str, start: int) -> Answer:
         raise Interrupted(f"status {status} {response.reason}", wait)
     if status not in (200, 206, 416):
         raise Refused(f"status {status} {response.reason}")
-    page = headers.get("Content-Type", "").lower().startswith(("text/html", "application/xhtml"))
-    if page and not urllib.parse.urlsplit(url).path.lower().endswith(_WEB_PAGES):
-        raise Refused("a web page instead of the file (a login, a quota or a notice: open the address in a browser)")
     if headers.get("Content-Encoding", "identity") != "identity":
         raise Refused(f"it sends the file in another encoding ({headers['Content-Encoding']})")
 
-    def read() -> bytes:
+    def receive() -> bytes:
         try:  # what there is, not a full block: nothing that came is lost when the connection is
             return response.raw.read1(_READ_SIZE, decode_content=False)
         except (HTTPError, OSError) as error:
@@ -134,15 +133,26 @@ def _answer(response: requests.Response, url: str, start: int) -> Answer:
         first, total = 0, int(length) if length is not None and length.isdecimal() else None
     else:
         first, total = _content_range(headers.get("Content-Range", ""), start)
+    content = iter(receive if status != 416 else bytes, b"")  # past the end there is nothing to read
+    head = next(content, b"") if first == 0 else b""
+    wanted = urllib.parse.urlsplit(url).path.lower().endswith(_WEB_PAGES)
+    if not wanted and _is_web_page(headers.get("Content-Type", ""), head):
+        raise Refused("a web page instead of the file (a login, a quota or a notice: open the address in a browser)")
+    content = itertools.chain([head] if head else [], content)
     return Answer(
         start=first,
         total=total,
         whole=status == 200,
         ends_itself=total is not None or "chunked" in headers.get("Transfer-Encoding", ""),
         validator=headers.get("ETag") or headers.get("Last-Modified"),
-        read=read if status != 416 else bytes,  # past the end: there is nothing to read
+        read=lambda: next(content, b""),
         close=response.close,
     )
+
+
+def _is_web_page(content_type: str, head: bytes) -> bool:
+    """Whether an answer is one by its type or, as some servers call theirs something else, by its first bytes."""
+    return content_type.lower().startswith(("text/html", "application/xhtml")) or _HTML.match(head) is not None
 
 
 def _content_range(text: str, start: int) -> tuple[int, int]:

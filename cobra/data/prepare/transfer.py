@@ -47,6 +47,7 @@ class Transfer:
         self._claimed: dict[int, Range] = {}  # by thread
         self._failures: Counter[int] = Counter()  # by thread, since the last byte of any
         self._futures: list[Future[None]] = []
+        self._refusal: Refused | None = None  # of the connection that ended last of those refused
         self._over = False
 
     def run(self) -> None:
@@ -57,17 +58,22 @@ class Transfer:
             StartOver: the bytes here must be dropped, or the rest be brought from another mirror.
             Stopped: `stop` was set.
         """
+        self._part.trim()
         saved = time.monotonic()
         with ThreadPoolExecutor(self._connections) as self._pool:
-            self._futures.append(self._pool.submit(self._work))
+            with self._lock:  # it may have its answer before it is in the list, and would add another
+                self._futures.append(self._pool.submit(self._connection))
             try:
                 while True:
                     behind = self._part.hash_some(_HASH_AT_ONCE)
                     done, pending = wait(self._futures, 0 if behind else 0.1, FIRST_EXCEPTION)
                     for future in done:
                         future.result()
-                    if self._stop.is_set() or (not behind and not pending and len(done) == len(self._futures)):
+                    finished = not behind and not pending and len(done) == len(self._futures)
+                    if self._stop.is_set() or (finished and self._part.gap() is None):
                         break
+                    if finished:
+                        self._go_on_alone()
                     if time.monotonic() - saved > _SAVE_EVERY:
                         self._part.save()
                         saved = time.monotonic()
@@ -77,8 +83,23 @@ class Transfer:
         if self._stop.is_set():
             raise Stopped
 
+    def _connection(self) -> None:
+        """What each thread does. Being refused ends it alone: many servers limit how many connections one may have."""
+        try:
+            self._work()
+        except Refused as error:
+            self._refusal = error
+
+    def _go_on_alone(self) -> None:
+        """Once every connection has been refused: try with one, if it was not one already."""
+        if len(self._futures) == 1 and self._refusal is not None:
+            raise self._refusal
+        self._connections = 1
+        with self._lock:
+            self._futures = [self._pool.submit(self._connection)]
+
     def _work(self) -> None:
-        """What each connection does: the next range that nobody else is bringing, until there is none."""
+        """Bring the next range that nobody else is bringing, until there is none."""
         while not self._ending() and (wanted := self._claim()) is not None:
             try:
                 self._fetch(*wanted)
@@ -167,7 +188,7 @@ class Transfer:
         with self._lock:
             useful = -(-(answer.total - self._part.present) // SEGMENT)
             while len(self._futures) < min(self._connections, useful):
-                self._futures.append(self._pool.submit(self._work))
+                self._futures.append(self._pool.submit(self._connection))
 
     def _wait_after(self, error: Interrupted) -> None:
         with self._lock:
