@@ -300,7 +300,7 @@ def test_unmet_expectations_are_told(tmp_path: Path) -> None:
 
     def told(**entry: Any) -> str:
         found = unmet(manifest(Expect(**entry)), tmp_path)
-        return found[0] if found else ""
+        return str(found[0]) if found else ""
 
     def manifest(entry: Expect) -> Manifest:
         parts = {key: value for key, value in GOOD.items() if key != "files"}
