@@ -96,7 +96,9 @@ def prepare(name: str, root: Path, contents: Contents) -> None:
     """Prepare a data set and what it needs; all that is expected must be there then, numbers aside."""
     for manifest in load_with_needs(name):
         build(manifest, root, contents)
-        assert not unmet(replace(manifest, expect=[replace(entry, count=None) for entry in manifest.expect]), root)
+        assert not unmet(
+            replace(manifest, expect=[replace(entry, count=None, at_least=None) for entry in manifest.expect]), root
+        )
 
 
 def files_of(folder: Path, below: str) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from file_server import Mirror
-from mini_set import NUM_IMAGES, contents, published, report_of, run, write_manifest
+from mini_set import NUM_IMAGES, contents, report_of, run, write_manifest
 
 from cobra.data.prepare import jpeg, manifest, plan
 from cobra.errors import DataError
@@ -59,9 +59,9 @@ def test_dry_run_adds_up_what_hosts_say(host: Mirror, manifests: Path, tmp_path:
 
 def test_archives_that_are_not_kept_come_one_by_one(host: Mirror, manifests: Path, tmp_path: Path) -> None:
     rows, images = files_of(manifests)
-    twin = images | {"target": "downloads/twin.zip", "urls": [host.url("twin.zip")]}
+    twin = images | {"target": "downloads/twin.zip", "urls": [host.url("twin.zip")], "hint": "Ask a friend."}
     write_manifest(manifests, host, files=[rows, images, twin])
-    with pytest.raises(DataError, match=r"twin\.zip could not be fetched"):
+    with pytest.raises(DataError, match=r"twin\.zip could not be fetched(.|\n)*Ask a friend\.$"):
         run(tmp_path, keep_archives=False)
     assert not (tmp_path / "mini" / "downloads" / "images.zip").exists()
     assert (tmp_path / "mini" / "ocr" / "images" / "0.jpg").is_file()
@@ -69,7 +69,7 @@ def test_archives_that_are_not_kept_come_one_by_one(host: Mirror, manifests: Pat
 
 @pytest.mark.parametrize("name", ["train.json", "downloads/images.zip"])
 def test_damaged_file_is_fetched_once_more(host: Mirror, manifests: Path, tmp_path: Path, name: str) -> None:
-    good = published()[Path(name).name]
+    good = host.files[Path(name).name]
     (tmp_path / "mini" / name).parent.mkdir(parents=True)
     (tmp_path / "mini" / name).write_bytes(good[: len(good) // 2])
     run(tmp_path)
@@ -129,13 +129,13 @@ def test_note_of_an_archive_that_nobody_can_fetch_stays(host: Mirror, manifests:
     write_manifest(manifests, host, files=[rows, images | {"manual": "the form"}])
     archive = tmp_path / "mini" / "downloads" / "images.zip"
     archive.parent.mkdir(parents=True)
-    archive.write_bytes(published()["images.zip"])
+    archive.write_bytes(host.files["images.zip"])
     run(tmp_path, keep_archives=False)
     (tmp_path / "mini" / "ocr" / "images" / "0.jpg").unlink()
     for settings in ({}, {"repair": True}):
         with pytest.raises(DataError, match="39 files, expected 40"):
             run(tmp_path, keep_archives=False, **settings)
-    archive.write_bytes(published()["images.zip"])
+    archive.write_bytes(host.files["images.zip"])
     run(tmp_path)
     assert report_of(tmp_path)["is_good"]
 

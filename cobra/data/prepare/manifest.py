@@ -54,6 +54,7 @@ class SourceFile:
         size: bytes, exactly.
         checksum: `sha256:...` or `md5:...`.
         gigabytes: size, rounded.
+        hint: what else a human can do when no address works.
         extract: how it is unpacked; None: it is no archive.
     """
 
@@ -63,6 +64,7 @@ class SourceFile:
     size: int | None = None
     checksum: str | None = None
     gigabytes: float | None = None
+    hint: str | None = None
     extract: Extract | None = None
 
     def __post_init__(self) -> None:

@@ -79,7 +79,8 @@ def _fetch(files: Sequence[SourceFile], folder: Path, config: PrepareConfig) -> 
         remote = [plan.remote_file(file, folder) for file in files]
         download(remote, jobs=config.jobs, connections=config.connections)
     except DataError as error:
-        return [str(error)]
+        hints = [file.hint for file in files if file.hint is not None and not (folder / file.target).exists()]
+        return [str(error), *hints]
     return []
 
 
