@@ -175,6 +175,8 @@ def test_own_data_by_the_command_line(script: Any, tmp_path: Path) -> None:
     (tmp_path / "photos" / "a.png").write_bytes(picture(0, "PNG"))
     (tmp_path / "rows.csv").write_text("image,question,answer\na.png,What is it?,Noise.\n")
     own = ["own.annotations=rows.csv", "own.images=photos", "own.name=mine", "own.config=mine.yaml"]
+    assert script("prepare", *own, "--dry-run").returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "rows.csv"]
     result = script("prepare", *own)
     assert result.returncode == 0, result.stderr
     assert yaml.safe_load((tmp_path / "mine.yaml").read_text())["name"] == "mine"
@@ -189,10 +191,11 @@ def test_own_data_by_the_command_line(script: Any, tmp_path: Path) -> None:
 
 
 def test_benchmark_is_checked_by_its_own_reader(script: Any, assets: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "it's a copy"
     (tmp_path / "data").symlink_to(assets / "fixtures" / "scorers" / "data_root")
-    command = ["benchmark=vsr", "check=full", "tokenizer=null", f"data_root={tmp_path / 'copy'}"]
-    subprocess.run(["cp", "-r", str(tmp_path / "data") + "/.", str(tmp_path / "copy")], check=True)
+    command = ["benchmark=vsr", "check=full", "tokenizer=null", f'data_root="{copy}"']
+    subprocess.run(["cp", "-r", str(tmp_path / "data") + "/.", str(copy)], check=True)
     result = script("prepare", *command)
-    found = json.loads((tmp_path / "copy" / "reports" / "vsr" / "report.json").read_text())
+    found = json.loads((copy / "reports" / "vsr" / "report.json").read_text())
     assert found["sets"]["vsr"]["rows"] == 200 and found["sets"]["vsr"]["images missing"] == 0, result.stderr
     assert result.returncode == 1 and "expected 1,222" in " ".join(found["unmet"])  # it is but a part of the benchmark
