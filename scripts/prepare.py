@@ -16,16 +16,19 @@ def main(cfg: DictConfig) -> None:
     from cobra.data.prepare.run import prepare
 
     config = as_config(PrepareConfig, cfg)
-    root = f"paths.data='{config.paths.data}'"
+
+    def compose(config_name: str, override: str) -> DictConfig:
+        composed = hydra.compose(config_name, overrides=[override])
+        composed.paths.data = config.paths.data  # as it is: inside an override, quotes and braces would be syntax
+        return composed
 
     def data_config(name: str) -> DataConfig | None:
         if not (CONFIGS / "data" / f"{name}.yaml").is_file():
             return None
-        return as_config(DataConfig, hydra.compose("pretrain", overrides=[f"data={name}", root]).data)
+        return as_config(DataConfig, compose("pretrain", f"data={name}").data)
 
     def questions(name: str) -> Iterator[tuple[str, Path, str, str]]:
-        composed = hydra.compose("evaluate", overrides=[f"benchmark={name}", root])
-        benchmark = instantiate(composed.benchmark, _convert_="all")
+        benchmark = instantiate(compose("evaluate", f"benchmark={name}").benchmark, _convert_="all")
         for question in benchmark.questions():
             yield question.id, question.image, question.text, benchmark.show_truth(question)
 

@@ -151,6 +151,17 @@ class TestGather:
             gather(tmp_path / "from", tmp_path / "to")
         assert (tmp_path / "to" / "same").read_text() == "1"
 
+    def test_other_file_gives_way_where_asked(self, tmp_path: Path) -> None:
+        for name in ("from/one", "from/a/two", "from/b/two", "to/one", "to/two"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(name)
+        with pytest.raises(DataError, match="two, which is another file"):  # which of the two is it?
+            gather(tmp_path / "from", tmp_path / "to", replace=True)
+        for name in ("from/a/two", "from/b/two"):
+            (tmp_path / name).unlink(missing_ok=True)
+        assert gather(tmp_path / "from", tmp_path / "to", replace=True) == 2
+        assert (tmp_path / "to" / "one").read_text() == "from/one" and not (tmp_path / "from").exists()
+
     def test_hidden_files_stay(self, tmp_path: Path) -> None:
         (tmp_path / "from").mkdir()
         (tmp_path / "from" / ".done").touch()

@@ -120,8 +120,17 @@ def test_strip_and_rename(tmp_path: Path) -> None:
         extract(archive, tmp_path / "to", rename={"top": "../../elsewhere"})
 
 
+@pytest.mark.parametrize("name", [".a.prepared", ".b.zip.verified", "c.json.part", "d/c.json.PART.json", "Rows.json"])
+def test_names_of_other_files_are_refused(name: str, tmp_path: Path) -> None:
+    archive = write(tmp_path / "a.zip", [("1.jpg", b"1"), (name, b"x")])
+    with pytest.raises(DataError, match=r"has (a name that is kept|the name of another file)"):
+        extract(archive, tmp_path / "to", reserved=["rows.json"])
+    assert not (tmp_path / "to" / "1.jpg").exists()
+
+
 def test_what_a_mac_adds_is_left_out_and_same_twice_is_once(tmp_path: Path) -> None:
-    entries = [("__MACOSX/a/._1.jpg", b"x"), ("a/.DS_Store", b"x"), ("a/1.jpg", b"1"), ("a/1.jpg", b"1")]
+    added = [(name, b"x") for name in ("__MACOSX/a/._1.jpg", "a/.DS_Store", "a/._1.jpg")]
+    entries = [*added, ("a/1.jpg", b"1"), ("a/1.jpg", b"1")]
     for suffix in (".zip", ".tar", ".tgz"):
         to = tmp_path / suffix
         assert extract(write(tmp_path / f"a{suffix}", entries), to) == 1

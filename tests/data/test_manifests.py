@@ -96,7 +96,9 @@ def prepare(name: str, root: Path, contents: Contents) -> None:
     """Prepare a data set and what it needs; all that is expected must be there then, numbers aside."""
     for manifest in load_with_needs(name):
         build(manifest, root, contents)
-        assert not unmet(replace(manifest, expect=[replace(entry, count=None) for entry in manifest.expect]), root)
+        assert not unmet(
+            replace(manifest, expect=[replace(entry, count=None, at_least=None) for entry in manifest.expect]), root
+        )
 
 
 def files_of(folder: Path, below: str) -> dict[str, bytes]:
@@ -300,7 +302,7 @@ def test_unmet_expectations_are_told(tmp_path: Path) -> None:
 
     def told(**entry: Any) -> str:
         found = unmet(manifest(Expect(**entry)), tmp_path)
-        return found[0] if found else ""
+        return str(found[0]) if found else ""
 
     def manifest(entry: Expect) -> Manifest:
         parts = {key: value for key, value in GOOD.items() if key != "files"}

@@ -154,11 +154,32 @@ def test_every_problem_of_csv_has_its_line(tmp_path: Path) -> None:
         ('[{"question": "q", "answer": "a"}\n', "line 2: after a row stands the end instead of ',' or ']'."),
         ('[{"question": "q", "answer": "a"}]\n\n[]', "line 3: more text follows the list."),
         ('[{"question": "q", "answer": "a"},', "line 1: not JSON: Expecting value."),
+        ('[{"question": "q", "answer": "a"},\n\n]', "line 1: a comma follows the last row."),
     ],
 )
 def test_json_that_ends_early_or_late(tmp_path: Path, content: str, problem: str) -> None:
     make_images(tmp_path)
     assert problems_of(tmp_path, content, ".json") == [problem]
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+def test_integers_that_python_does_not_read(tmp_path: Path, ending: str) -> None:
+    make_images(tmp_path)
+    row = f'{{"question": "q", "answer": {"9" * 5000}}}'
+    (found,) = problems_of(tmp_path, f"[{row}]" if ending == ".json" else row, ending)
+    assert found.startswith("line 1: not JSON: Exceeds the limit")
+
+
+def test_column_that_is_there_twice(tmp_path: Path) -> None:
+    make_images(tmp_path)
+    found = problems_of(tmp_path, "image,question,answer,Answer\n1.png,q,a,b\n", ".csv")
+    assert found == ["line 1: the header has answer more than once."]
+
+
+def test_place_of_the_image_may_be_written_out(tmp_path: Path) -> None:
+    make_images(tmp_path)
+    prepare(tmp_path, write(tmp_path, ".csv", [ROWS[0] | {"question": "<image>\nWhat is it?"}]))
+    assert read_rows(tmp_path / "out" / "mine.json")[0].turns == (("<image>\nWhat is it?", 'A "cat", asleep.'),)
 
 
 def test_many_problems_are_all_in_the_file(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import filecmp
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -82,10 +83,15 @@ def conversation(question: str, answer: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
 
 
-def gather(source: Path, target: Path) -> int:
+def gather(source: Path, target: Path, *, replace: bool = False) -> int:
     """Move all files below `source` into `target`, without the folders between: some archives have such folders.
 
     Started again after a kill it moves what is left.
+
+    Args:
+        source: folder of an archive's files; it goes with the last of them.
+        target: folder.
+        replace: a file of `target` that differs gives way to the one of its name in `source`, if that has only one.
 
     Returns:
         Files that `target` holds afterwards.
@@ -94,18 +100,23 @@ def gather(source: Path, target: Path) -> int:
         DataError: two different files have the same name.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for folder, _, names in os.walk(source, topdown=False):
+    walked = list(os.walk(source, topdown=False))
+    often = Counter(name for _, _, names in walked for name in names)
+    for folder, _, names in walked:
         for name in names:
             if not name.startswith("."):  # a note of the extraction, say
-                _move(Path(folder) / name, target / name)
+                _move(Path(folder) / name, target / name, replace=replace and often[name] == 1)
         with suppress(OSError):  # what was left there stays
             Path(folder).rmdir()
     return sum(1 for entry in os.scandir(target) if entry.is_file())
 
 
-def _move(file: Path, target: Path) -> None:
-    if target.exists() and not filecmp.cmp(file, target, shallow=False):
-        raise DataError(f"{file} cannot be moved to {target}, which is another file. Remove one of the two.")
+def _move(file: Path, target: Path, *, replace: bool) -> None:
+    if not replace and target.exists() and not filecmp.cmp(file, target, shallow=False):
+        raise DataError(
+            f"{file} cannot be moved to {target}, which is another file. Remove one of the two; where all names in the "
+            "archive differ, repair=true takes the archive's."
+        )
     file.replace(target)
 
 

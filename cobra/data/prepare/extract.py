@@ -40,6 +40,7 @@ def extract(
     *,
     strip: str = "",
     rename: Mapping[str, str] | None = None,
+    reserved: Iterable[str] = (),
     max_bytes: int | None = None,
     max_files: int | None = None,
     jobs: int = 1,
@@ -53,6 +54,7 @@ def extract(
         target: folder for its members; made if need be.
         strip: a leading folder to leave out; members outside it stay where they are.
         rename: first parts of paths, after that, and what to call them.
+        reserved: paths below `target` that belong to something else.
         max_bytes: the most that it may hold; 100 times the archive in any case.
         max_files: the most files and folders.
         jobs: threads. A compressed tar is one stream and takes one.
@@ -75,10 +77,13 @@ def extract(
         with FileLock(target / f".{archive.name}.lock", timeout=0):
             shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
             log.info("Reading what %s holds.", archive)
-            files, folders = _plan(archive, strip, rename or {}, max_bytes, max_files or _MAX_FILES)
+            names = _names(archive, strip, rename or {}, reserved)
+            files = _plan(archive, names, max_bytes, max_files or _MAX_FILES)
+            if strip and not names.stripped:
+                raise DataError(f"{archive} has no folder {strip!r} to leave out. It is not the right archive.")
             there = _right_size(files, target)
             _check_disk(archive, [member for path, member in files.items() if path not in there], target)
-            _make_folders(archive, folders, target)
+            _make_folders(archive, names.folders, target)
             staging.mkdir()
             try:
                 unpack(archive, files, there, target, staging, jobs)
@@ -94,16 +99,17 @@ def extract(
     return len(files)
 
 
-def _plan(
-    archive: Path, strip: str, rename: Mapping[str, str], max_bytes: int | None, max_files: int
-) -> tuple[dict[str, Member], list[str]]:
-    """Judge every member; return the files by their paths, and the folders, parents first."""
-    most = max(_ALWAYS_ALLOWED, _MAX_RATIO * archive.stat().st_size)
-    limit = most if max_bytes is None else min(most, max_bytes)
+def _names(archive: Path, strip: str, rename: Mapping[str, str], reserved: Iterable[str]) -> Names:
     try:
-        names = Names(strip, rename)
+        return Names(strip, rename, reserved)
     except RefusedName as error:
         raise DataError(f"{archive}: strip={strip!r} or rename={dict(rename)!r} {error}. Correct it.") from None
+
+
+def _plan(archive: Path, names: Names, max_bytes: int | None, max_files: int) -> dict[str, Member]:
+    """Judge every member; return the files by their paths."""
+    most = max(_ALWAYS_ALLOWED, _MAX_RATIO * archive.stat().st_size)
+    limit = most if max_bytes is None else min(most, max_bytes)
     files: dict[str, Member] = {}
     size = 0
     for count, member in enumerate(list_members(archive, most), start=1):
@@ -125,9 +131,7 @@ def _plan(
         files[path] = member
     if not files:
         raise DataError(f"{archive} holds no files. It is incomplete, or not the archive that it should be.")
-    if strip and not names.stripped:
-        raise DataError(f"{archive} has no folder {strip!r} to leave out. It is not the archive that it should be.")
-    return files, names.folders
+    return files
 
 
 def _right_size(files: Mapping[str, Member], target: Path) -> set[str]:

@@ -36,7 +36,7 @@ def convert_to_jpeg(folder: Path, *, jobs: int) -> int:
         jobs: threads; decoding and encoding leave Python's lock.
 
     Raises:
-        DataError: the folder does not exist.
+        DataError: the folder does not exist, or the disk does not take the JPEGs.
     """
     if not folder.is_dir():
         raise DataError(f"The folder {folder} does not exist; there are no images to convert. Extract them first.")
@@ -68,13 +68,17 @@ def _convert(original: Path) -> str | None:
     target = _target(original)
     try:
         content = _as_jpeg(original)
+    except DataError as error:
+        return str(error)
+    try:
         if not target.exists() or not _is_picture(target):
             write_atomically(target, lambda temporary: temporary.write_bytes(content))
         elif target.read_bytes() != content:  # equal: killed before the original was removed
-            return f"{original.name}: {target.name} is there and is another picture."
+            return f"{original}: {target.name} is there and is another picture."
         original.unlink()
-    except (DataError, OSError) as error:
-        return str(error)
+    except OSError as error:  # a full disk, say: it would go on like this, image by image
+        reason = error.strerror or error
+        raise DataError(f"Cannot write {target} in place of {original.name}: {reason}. Make room.") from None
     return None
 
 

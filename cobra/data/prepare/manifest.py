@@ -54,6 +54,7 @@ class SourceFile:
         size: bytes, exactly.
         checksum: `sha256:...` or `md5:...`.
         gigabytes: size, rounded.
+        hint: what else a human can do when no address works.
         extract: how it is unpacked; None: it is no archive.
     """
 
@@ -63,6 +64,7 @@ class SourceFile:
     size: int | None = None
     checksum: str | None = None
     gigabytes: float | None = None
+    hint: str | None = None
     extract: Extract | None = None
 
     def __post_init__(self) -> None:
@@ -118,19 +120,23 @@ class Expect:
         rows: glob of the one JSON file whose rows count: a list, an object, or JSON lines (`.jsonl`, or any name where
             every line is a value).
         key: of a JSON object that holds the rows; None: it is them.
-        count: how many; None: it varies, but there must be some.
+        count: how many, exactly.
+        at_least: how many, where there may be more. Neither: it varies, but there must be some.
     """
 
     files: str | None = None
     rows: str | None = None
     key: str | None = None
     count: int | None = None
+    at_least: int | None = None
 
     def __post_init__(self) -> None:
         if (self.files is None) == (self.rows is None):
             raise ConfigError("expect: each entry has either `files` or `rows`.")
         if self.key is not None and self.rows is None:
             raise ConfigError("expect.key belongs to `rows`.")
+        if self.count is not None and self.at_least is not None:
+            raise ConfigError("expect: an entry has `count` or `at_least`, not both.")
         _check_inside("expect", self.files or self.rows or "")
 
 

@@ -30,6 +30,8 @@ _FOREIGN = {  # how a file begins that is neither zip nor tar
     b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it by hand",
     b"Rar!": "a RAR archive; unpack it by hand",
     b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it by hand",
+}
+_WRONG = {  # how a file begins that a host sent instead of the archive
     b"version https://git-lfs": "a pointer of git LFS, not the file; fetch it with git lfs pull",
     b"<": "a web page, an error or log-in page perhaps; delete it and download it again",
     b"{": "JSON, an error message perhaps; delete it and download it again",
@@ -45,7 +47,7 @@ _METHODS = {1: "shrink", 6: "implode", 9: "deflate64", 12: "bzip2", 14: "lzma", 
 _ENCRYPTED, _UTF8 = 0x1, 0x800  # flags of a zip member
 _LOCAL_HEADER = 30  # bytes before a zip member's name
 _LARGEST_HEADER = 1 << 20  # bytes; tar stores long names as headers of any length, which tarfile reads at once
-AGAIN = "The file is damaged or incomplete; delete it and download it again."
+_AGAIN = "The file is damaged or incomplete; delete it and download it again."
 # zipfile, tarfile and their decompressors raise all of these on damaged files.
 DAMAGE = (
     EOFError,
@@ -75,6 +77,15 @@ class Member:
     packed: int  # bytes that its content takes there
     deflated: bool
     label: bytes | None  # its name in the header before the content: zip only
+
+
+class Damaged(DataError):
+    """A file that is not what its publisher has: fetching it again may help."""
+
+
+def damaged(archive: Path, name: str, why: str) -> Damaged:
+    """Return the error for one member that shows that the archive is damaged."""
+    return Damaged(str(refused(archive, name, why, _AGAIN)))
 
 
 def refused(archive: Path, name: str, why: str, what_to_do: str = "Do not use this archive.") -> DataError:
@@ -113,12 +124,12 @@ def list_members(archive: Path, max_bytes: int) -> Iterator[Member]:
         elif head.startswith(b"PK") or zipfile.is_zipfile(archive):
             yield from _zip_members(archive)
         else:
-            raise DataError(f"{archive} is {_what_it_is(head)}.")
+            raise _no_archive(archive, head)
     except DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"{archive}: cannot read it: {error.strerror}.") from None
         reason = "headers without end" if isinstance(error, RecursionError) else str(error) or type(error).__name__
-        raise DataError(f"{archive}: cannot read the list of its members ({reason.splitlines()[0]}). {AGAIN}") from None
+        raise Damaged(f"{archive}: cannot read the list of its members ({reason.splitlines()[0]}). {_AGAIN}") from None
 
 
 def _opener(archive: Path) -> Callable[[Path], object] | None:
@@ -135,12 +146,16 @@ def _is_tar(head: bytes) -> bool:
     return True
 
 
-def _what_it_is(head: bytes) -> str:
-    if not head.strip(b"\0"):
-        return "empty; delete it and download it again"
+def _no_archive(archive: Path, head: bytes) -> DataError:
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    found = [what for magic, what in _FOREIGN.items() if start.startswith(magic)]
-    return found[0] if found else "neither a zip nor a tar archive, or its start is damaged; download it again"
+    for magic, what in _FOREIGN.items():
+        if start.startswith(magic):
+            return DataError(f"{archive} is {what}.")
+    if not head.strip(b"\0"):
+        return Damaged(f"{archive} is empty; delete it and download it again.")
+    wrong = [what for magic, what in _WRONG.items() if start.startswith(magic)]
+    what = wrong[0] if wrong else "neither a zip nor a tar archive, or its start is damaged; download it again"
+    return Damaged(f"{archive} is {what}.")
 
 
 def _zip_members(archive: Path) -> Iterator[Member]:
@@ -152,7 +167,7 @@ def _zip_members(archive: Path) -> Iterator[Member]:
             raise refused(archive, info.orig_filename, "overlaps another one, as in a decompression bomb")
         covered = info.header_offset + _LOCAL_HEADER + len(_label(info)) + info.compress_size
         if covered > end:
-            raise refused(archive, info.orig_filename, "reaches beyond the members' part of the file", AGAIN)
+            raise damaged(archive, info.orig_filename, "reaches beyond the members' part of the file")
     for info in infos:
         name = info.orig_filename if "\0" in info.orig_filename else info.filename  # zipfile ends names at a NUL
         if special := _SPECIAL.get(stat.S_IFMT(info.external_attr >> 16)):
@@ -190,7 +205,7 @@ def _tar_members(archive: Path, max_bytes: int) -> Iterator[Member]:
             if info.size < 0 or (info.isdir() and info.size):
                 raise refused(archive, info.name, f"is a {'folder' if info.isdir() else 'file'} of {info.size:,} bytes")
             if not compressed and info.offset_data + info.size > source.size:
-                raise refused(archive, info.name, "is cut short", AGAIN)
+                raise damaged(archive, info.name, "is cut short")
             if compressed and info.offset_data + info.size > source.limit:  # before the time that reading takes
                 raise refused(archive, info.name, f"brings it to more than the {source.limit:,} bytes allowed")
             yield Member(

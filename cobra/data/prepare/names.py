@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # the last: bytes that are not UTF-8
 _DRIVE = re.compile(r"[A-Za-z]:")
-_OURS = re.compile(r"\..*\.(extracted|extracting|lock)", re.IGNORECASE)  # as `extract` calls its own files
+_OURS = re.compile(  # as downloads, extraction and the run as a whole call their own files
+    r"\..*\.(extracted|extracting|lock|prepared|verified)|.*\.part(\.json)?", re.IGNORECASE
+)
 _LONGEST_PART, _LONGEST_NAME = 255, 2048  # bytes; of most file systems, and half of what Linux takes with the target
 
 
@@ -24,10 +26,11 @@ class RefusedName(ValueError):
 class Names:
     """The files and folders that an archive makes, looked at one by one."""
 
-    def __init__(self, strip: str, rename: Mapping[str, str]) -> None:
-        """Take the leading folder to leave out, and the first parts that get another name."""
+    def __init__(self, strip: str, rename: Mapping[str, str], reserved: Iterable[str] = ()) -> None:
+        """Take the leading folder to leave out, the first parts that get another name, and paths not to write to."""
         self._strip = parts_of(strip) if strip else ()
         self._rename = {old: parts_of(new) for old, new in rename.items()}
+        self._reserved = {_folded(path) for path in reserved}
         self._files: dict[str, str] = {}  # what a file system that is not strict about names sees: as it is spelled
         self._folders: dict[str, str] = {}
         self._known: set[str] = set()  # folders that need no second look
@@ -45,7 +48,7 @@ class Names:
             RefusedName: the name leads out of the target, cannot be written everywhere, or contradicts another one.
         """
         parts = parts_of(name)
-        if not parts or "__MACOSX" in parts or parts[-1] == ".DS_Store":  # what a Mac adds to archives
+        if not parts or "__MACOSX" in parts or parts[-1] == ".DS_Store" or parts[-1].startswith("._"):  # from a Mac
             return None
         length = len(self._strip)
         if self._strip and parts[:length] == self._strip:
@@ -59,8 +62,10 @@ class Names:
             parts = self._rename[parts[0]] + parts[1:]
         if not parts:
             return None
-        if _OURS.fullmatch(parts[0]):
-            raise RefusedName("has a name that is kept for notes about extraction")
+        if any(_OURS.fullmatch(part) for part in (parts[0], parts[-1])):
+            raise RefusedName("has a name that is kept for notes about what was fetched and extracted")
+        if _folded("/".join(parts)) in self._reserved:
+            raise RefusedName("has the name of another file of the data set")
         if is_folder:
             self._add_folder(parts)
         else:

@@ -24,6 +24,7 @@ from cobra.runtime import write_text
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 _SHOWN = 20  # problems in the error; a file has all
 _MARK = "# Made by cobra.data.prepare.own"
+_IMAGE = "<image>"  # in LLaVA's messages it stands where the image goes; a question of one's own needs none
 _decode = json.JSONDecoder().raw_decode
 
 
@@ -122,7 +123,7 @@ def _json(text: str) -> Iterator[tuple[int, Any]]:
         start = at(position)
         try:
             value, position = _decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError itself: an integer of more digits than Python reads
             yield start, Problem(getattr(error, "lineno", start), f"not JSON: {getattr(error, 'msg', error)}.")
             return
         yield start, value
@@ -132,7 +133,10 @@ def _json(text: str) -> Iterator[tuple[int, Any]]:
             yield start, Problem(at(position), f"after a row stands {found} instead of ',' or ']'.")
             return
         if text[position] == ",":
-            position = behind_space(position + 1)
+            comma, position = position, behind_space(position + 1)
+            if text[position : position + 1] == "]":
+                yield start, Problem(at(comma), "a comma follows the last row.")
+                return
     if (end := behind_space(position + 1)) < len(text):
         yield at(end), Problem(at(end), "more text follows the list.")
 
@@ -142,7 +146,7 @@ def _json_lines(text: str) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 yield number, Problem(number, f"not JSON: {error}.")
 
 
@@ -166,6 +170,9 @@ def _csv(text: str) -> Iterator[tuple[int, Any]]:
                 names = ", ".join(sorted(lacking))
                 yield start, Problem(start, f"the header {','.join(cells)!r:.80} lacks {names}; separate with commas.")
                 return
+            if twice := sorted({name for name in header if header.count(name) > 1}):
+                yield start, Problem(start, f"the header has {', '.join(twice)} more than once.")
+                return
         elif len(cells) != len(header):
             yield (
                 start,
@@ -181,7 +188,7 @@ def _row(raw: Any, number: int) -> Row:
         raise BadRow(None, "", f"not an object with image, question and answer, but {raw!r:.60}.")
     image = raw.get("image") or None
     if "conversations" not in raw:
-        question, answer = (text_of(raw, key).strip() for key in ("question", "answer"))
+        question, answer = (text_of(raw, key).replace(_IMAGE, "").strip() for key in ("question", "answer"))
         messages = conversation(question, answer)
         raw = {**raw, "conversations": messages if image else [{"from": "human", "value": question}, messages[1]]}
     row_id = None if raw.get("id") in (None, "") else raw["id"]

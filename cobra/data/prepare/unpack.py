@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
-from cobra.data.prepare.members import AGAIN, DAMAGE, Member, is_compressed, open_source, refused
+from cobra.data.prepare.members import DAMAGE, Member, damaged, is_compressed, open_source
 from cobra.data.progress import progress
 from cobra.errors import DataError
 
@@ -96,9 +96,9 @@ def _write(archive: Path, source: IO[bytes], member: Member, path: Path, tempora
                 file.write(data)
         if size != member.size:
             much = "more" if size > member.size else "less"
-            raise refused(archive, member.name, f"holds {much} than the {member.size:,} bytes that are listed", AGAIN)
+            raise damaged(archive, member.name, f"holds {much} than the {member.size:,} bytes that are listed")
         if member.crc is not None and crc != member.crc:
-            raise refused(archive, member.name, f"is damaged: its CRC is {crc:08x}, not {member.crc:08x}", AGAIN)
+            raise damaged(archive, member.name, f"is damaged: its CRC is {crc:08x}, not {member.crc:08x}")
         temporary.replace(path)
     except OSError as error:
         raise DataError(f"{archive}: cannot write {path}: {error.strerror}.") from None
@@ -126,7 +126,7 @@ def _content(archive: Path, source: IO[bytes], member: Member) -> Iterator[bytes
     try:
         yield from _unpacked(source, member)
     except DAMAGE as error:
-        raise refused(archive, member.name, f"cannot be read ({str(error) or 'it is cut short'})", AGAIN) from None
+        raise damaged(archive, member.name, f"cannot be read ({str(error) or 'it is cut short'})") from None
 
 
 def _unpacked(source: IO[bytes], member: Member) -> Iterator[bytes]:
