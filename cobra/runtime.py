@@ -46,6 +46,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def num_cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far in GiB: of the process on a CPU (0 on Windows), of torch's allocations on a GPU."""
     import torch

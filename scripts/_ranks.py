@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from cobra.errors import CTRL_C, STOPPED_EARLY, Interrupted, RankError
+from cobra.runtime import num_cores
 
 if TYPE_CHECKING:
     from cobra.config import EvaluateConfig, ParallelConfig
@@ -85,9 +86,8 @@ def _end_with_stdin() -> None:
 
 
 def _start(command: Sequence[str], rank: int, count: int, port: int) -> Process:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = {
-        "OMP_NUM_THREADS": str(max(1, cores // count)),
+        "OMP_NUM_THREADS": str(max(1, num_cores() // count)),
         **os.environ,
         "RANK": str(rank),
         "WORLD_SIZE": str(count),

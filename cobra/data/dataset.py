@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from cobra.config import DataConfig
-from cobra.data import easyvqa, toy
 from cobra.data.batch import Example
 from cobra.data.conversations import Row
 from cobra.data.health import usable_rows
 from cobra.data.index import Index, open_index
 from cobra.data.lengths import text_lengths
+from cobra.data.makers import make_if_missing
 from cobra.data.units import IMAGE_PAD, TEXT_PAD, Part, Unit, epochs_of
 from cobra.errors import DataError
 from cobra.hub import open_image
@@ -30,7 +30,6 @@ from cobra.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-_MAKERS = {"easyvqa": easyvqa.prepare, "toy": toy.prepare}  # by data.source
 Transform = Callable[[Image.Image], list[Tensor]]
 
 
@@ -182,8 +181,7 @@ def open_data(
     sets: list[DataSet] = []
     for name, part in config.sets.items():
         annotations, images = Path(part.annotations).expanduser(), Path(part.images).expanduser()
-        if config.source is not None and annotations.name == "train.json" and not annotations.exists():
-            _MAKERS[config.source](annotations.parent)
+        make_if_missing(config.source, annotations)
         index = open_index(annotations, name, Path(config.index))
         if captions_only:
             _check_no_text(index, annotations)

@@ -35,7 +35,7 @@ from cobra.data.conversations import BadRow, Row, parse_row, read_objects
 from cobra.data.progress import progress
 from cobra.data.report import Report
 from cobra.errors import DataError
-from cobra.runtime import flush_to_disk
+from cobra.runtime import flush_to_disk, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +150,27 @@ def found_or_made(folder: Path, find: Callable[[], T | None], make: Callable[[],
             f"Cannot write the index {folder}: {error.strerror or error}. Set data.index to a folder with room in it "
             "that can be written."
         ) from None
+
+
+def array_found_or_made(folder: Path, file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """Return the array in a file, memory-mapped; written from what `make` returns where it is missing or damaged.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+
+    def find() -> np.ndarray | None:
+        try:
+            return np.load(file, mmap_mode="r")
+        except (OSError, ValueError):  # not there, or damaged
+            return None
+
+    def write() -> np.ndarray:
+        array = make()
+        write_atomically(file, lambda temporary: np.save(temporary, array))
+        return np.load(file, mmap_mode="r")
+
+    return found_or_made(folder, find, write)
 
 
 def _source(annotations: Path) -> dict[str, Any]:

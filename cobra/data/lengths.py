@@ -6,9 +6,8 @@ import hashlib
 
 import numpy as np
 
-from cobra.data.index import Index, found_or_made
+from cobra.data.index import Index, array_found_or_made
 from cobra.data.progress import progress
-from cobra.runtime import write_atomically
 from cobra.text.counting import TokenCounter
 from cobra.text.prompt import PromptFormat
 from cobra.text.tokenizer import Tokenizer
@@ -32,12 +31,6 @@ def text_lengths(
     key.update(repr((_FORMAT, prompt, max_length, captions_only)).encode())
     file = index.folder / f"lengths-{key.hexdigest()[:16]}.npy"
 
-    def find() -> np.ndarray | None:
-        try:
-            return np.load(file, mmap_mode="r")
-        except (OSError, ValueError):  # not there, or damaged
-            return None
-
     def make() -> np.ndarray:
         lengths = np.empty((2, len(index)), np.int32)
         count, done = TokenCounter(tokenizer).count, 0
@@ -53,7 +46,6 @@ def text_lengths(
                     lengths[:, i] = length, labels
                 done += len(rows)
                 bar.update(len(rows))
-        write_atomically(file, lambda temporary: np.save(temporary, lengths))
-        return np.load(file, mmap_mode="r")
+        return lengths
 
-    return found_or_made(index.folder, find, make)
+    return array_found_or_made(index.folder, file, make)

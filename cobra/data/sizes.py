@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
 
 from cobra.data.images import missing_images, probe_images, state_of_images
-from cobra.data.index import Index, found_or_made
-from cobra.runtime import write_atomically
+from cobra.data.index import Index, array_found_or_made
+from cobra.runtime import num_cores, write_atomically
 
 _FORMAT = 1
 
@@ -30,23 +29,16 @@ def image_sizes(index: Index, name: str, images: Path, *, jobs: int | None = Non
     names = index.image_names()
     file = _file(index, images, names)
 
-    def find() -> np.ndarray | None:
-        try:
-            return np.load(file, mmap_mode="r")
-        except (OSError, ValueError):  # not there, or damaged
-            return None
-
     def make() -> np.ndarray:
         gone = set(missing_images(images, names))
         there = [number for number in range(len(names)) if number not in gone]
         sizes = np.zeros((len(names), 2), np.int32)
         sizes[there], _ = probe_images(
-            images, [names[number] for number in there], name, decode=False, jobs=jobs or os.cpu_count() or 1
+            images, [names[number] for number in there], name, decode=False, jobs=jobs or num_cores()
         )
-        write_atomically(file, lambda temporary: np.save(temporary, sizes))
-        return np.load(file, mmap_mode="r")
+        return sizes
 
-    return found_or_made(index.folder, find, make)
+    return array_found_or_made(index.folder, file, make)
 
 
 def store_sizes(index: Index, images: Path, sizes: np.ndarray) -> None:

@@ -173,7 +173,7 @@ def report(comparison: Comparison) -> str:
     lines.append(
         "Second minus first, on the questions that both answered. Interval: paired bootstrap over images. p: two-sided "
         "paired permutation test, the signs of all differences of an image flipped together. Holm: corrected for the "
-        f"{len(cells)} comparisons of this table; bold where below {SIGNIFICANT}."
+        f"{len(cells)} comparison{'s' * (len(cells) > 1)} of this table; bold where below {SIGNIFICANT}."
     )
     return "\n".join(lines) + "\n"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from cobra.eval.memory import first_line, is_out_of_memory
 from cobra.eval.predictions import checked
 from cobra.eval.store import AnswerStore
 from cobra.ranks import Ranks
+from cobra.runtime import num_cores
 
 log = logging.getLogger(__name__)
 
@@ -195,8 +195,7 @@ class Engine:
 
 
 def _num_readers() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _MAX_READERS)
+    return min(num_cores(), _MAX_READERS)
 
 
 def _read_ahead(

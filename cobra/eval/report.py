@@ -54,7 +54,7 @@ def write(
 
 def remove(folder: Path) -> None:
     """Remove what an earlier, smaller evaluation has written: it must not be taken for that of new answers."""
-    for name in ("results.json", "scores.jsonl", "report.md", "examples.html", "*.png"):
+    for name in ("results.json", "scores.jsonl", "report.md", "examples.html", "examples.png", "by_*.png"):
         for file in folder.glob(name):
             file.unlink()
 

@@ -134,7 +134,7 @@ def _run(
     num_waiting = sum(question.id not in store.answers for question in questions)
     log.info("Asking %s %s questions of %s.", config.load, f"{num_waiting:,}", benchmark.name)
     engine = Engine(model, config.batch_size, skip_broken=config.on_missing == "skip")
-    if num_waiting and ranks.is_first:
+    if num_waiting and store.answers and ranks.is_first:  # else the folder is new, and holds nothing of ours
         report.remove(task.folder)
     started = time.perf_counter()
     ask(engine, share(questions, ranks), store)

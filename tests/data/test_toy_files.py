@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cobra.data import dataset
+from cobra.data import dataset, makers
 from cobra.data.conversations import read_rows
 from cobra.data.toy import Toy, prepare
 from cobra.data.toy.prompts import PROMPTS
@@ -155,7 +155,7 @@ def test_toys_tokenizer_spells_numbers_and_nothing_else(toy: Path, tiny_config: 
 
 
 def test_training_makes_what_it_misses(tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dataset._MAKERS, "toy", lambda folder: prepare(folder, SMALL))
+    monkeypatch.setitem(makers._MAKERS, "toy", lambda folder: prepare(folder, SMALL))
     config = tiny_config("+experiment=tiny-toy", f"paths.data={tmp_path}")
     tokenizer, prompt = Tokenizer(ASSETS / "toy-tokenizer.json"), prompt_format("mamba")
     rows = dataset.open_data(

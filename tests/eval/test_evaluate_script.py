@@ -47,6 +47,15 @@ def test_benchmark_is_asked_and_scored(trained_run: Path, data_root: Path, tmp_p
             image.load()
 
 
+def test_other_files_in_the_folder_stay(trained_run: Path, data_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    benchmark = short("pope", data_root)
+    evaluate(replace(config_of(trained_run, tmp_path), limit=1), benchmark)
+    assert (tmp_path / "examples.png").is_file()
+    evaluate(config_of(trained_run, tmp_path), benchmark)  # goes on, and writes its report anew
+    assert (tmp_path / "mine.png").read_bytes() == b"mine"
+
+
 @pytest.mark.parametrize("name", ["pope", "vsr", "refcoco", "textvqa"])
 def test_batched_answers_equal_one_by_one(trained_run: Path, data_root: Path, tmp_path: Path, name: str) -> None:
     benchmark = short(name, data_root)

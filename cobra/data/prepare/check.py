@@ -18,6 +18,7 @@ from cobra.data.prepare.convert import conversation, write_rows
 from cobra.data.report import Report
 from cobra.data.sizes import store_sizes
 from cobra.errors import DataError
+from cobra.runtime import num_cores
 from cobra.text.prompt import PromptFormat
 from cobra.text.tokenizer import Tokenizer
 
@@ -100,7 +101,7 @@ def check(
     Raises:
         DataError: an annotation file cannot be read or holds no good row. All else is reported.
     """
-    probe = _Prober(full, jobs or os.cpu_count() or 1)
+    probe = _Prober(full, jobs or num_cores())
     sets: list[SetReport] = []
     named: dict[Path, set[str]] = {}  # by image folder
     for name, part in config.sets.items():

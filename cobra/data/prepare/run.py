@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from cobra.config import DataConfig, PrepareConfig
+from cobra.data.makers import make_if_missing
 from cobra.data.prepare import plan
 from cobra.data.prepare.check import CheckReport, check, rows_to_check
 from cobra.data.prepare.expect import unmet
@@ -47,25 +48,30 @@ def prepare(
         ConfigError: there is no such data set.
     """
     root = Path(config.paths.data).expanduser()
-    names = [*_all(config.sets, "training"), *_all(config.benchmarks, "benchmark")]
+    asked = [*_all(config.sets, "training"), *_all(config.benchmarks, "benchmark")]
+    made = _made(asked, data_config)
+    names = [name for name in asked if name not in made]
     manifests = {part.name: part for name in names for part in load_with_needs(name)}
     if config.dry_run:
-        _describe(config, list(manifests.values()), root)
+        _describe(config, list(manifests.values()), made, root)
         return
     if config.own.annotations is not None:
         _prepare_own(config, root, configs)
     failed = {} if config.check else _fetch_all(list(manifests.values()), root, config)
     problems = list(failed.values())
+    for name, data in made.items():
+        for part in data.sets.values() if not config.check else ():
+            make_if_missing(data.source, Path(part.annotations).expanduser())
+        report = _report(config, name, lambda data=data: data, _report_folder(root, name))
+        problems += [] if report.is_good else [_not_in_order(name, root, "Remove its folder to have it made again.")]
     for name in names:
         parts = load_with_needs(name)
         if any(part.name in failed for part in parts):
             continue
         report = _check(config, parts, root, data_config, questions)
         if report is not None and not report.is_good:
-            problems.append(
-                f"{name} is not in order: {_report_folder(root, name) / 'report.md'} tells what is wrong. repair=true "
-                "takes what is missing or broken from the archives again."
-            )
+            remedy = "repair=true takes what is missing or broken from the archives again."
+            problems.append(_not_in_order(name, root, remedy))
     if problems:
         raise DataError("\n".join(problems))
 
@@ -78,7 +84,21 @@ def _prepare_own(config: PrepareConfig, root: Path, configs: Path) -> None:
     log.info("%s is written: train on it with data=%s.", file, own.name)
 
 
-def _describe(config: PrepareConfig, manifests: Sequence[Manifest], root: Path) -> None:
+def _made(names: Sequence[str], data_config: Callable[[str], DataConfig | None]) -> dict[str, DataConfig]:
+    """Return those of the data sets that need no manifest, as Cobra makes them by itself."""
+    known = available_manifests()
+    configs = {name: data_config(name) for name in names if name not in known}
+    return {name: data for name, data in configs.items() if data is not None and data.source is not None}
+
+
+def _not_in_order(name: str, root: Path, remedy: str) -> str:
+    return f"{name} is not in order: {_report_folder(root, name) / 'report.md'} tells what is wrong. {remedy}"
+
+
+def _describe(config: PrepareConfig, manifests: Sequence[Manifest], made: Mapping[str, DataConfig], root: Path) -> None:
+    for name, data in made.items():
+        files = ", ".join(str(part.annotations) for part in data.sets.values())
+        log.info("%s: made by Cobra itself, nothing is fetched -> %s", name, files)
     if config.own.annotations is not None:
         log.info("%s would be checked, with the images in %s.", config.own.annotations, config.own.images)
     if manifests:
@@ -123,22 +143,29 @@ def _check(
     manifest = parts[-1]
     folder = _report_folder(root, manifest.name)
     lacking = [str(one) for part in parts for one in unmet(part, root)]
+    if manifest.kind == "benchmark":
+        name = manifest.name
+        return _report(config, name, lambda: rows_to_check(name, questions(name), folder / "rows"), folder, lacking)
+    if not (config.index or config.check):
+        return None
+    return _report(config, manifest.name, lambda: data_config(manifest.name), folder, lacking)
+
+
+def _report(
+    config: PrepareConfig, name: str, read: Callable[[], DataConfig | None], folder: Path, lacking: Sequence[str] = ()
+) -> CheckReport:
+    """Check the rows that `read` finds; images alone (None) are known by the manifest's counts only."""
     try:
-        if manifest.kind == "benchmark":
-            data = rows_to_check(manifest.name, questions(manifest.name), folder / "rows")
-        else:
-            data = data_config(manifest.name)
-            if not (config.index or config.check):
-                return None
-        if data is None:  # images alone: the manifest's counts are all that is known of them
-            report = CheckReport(name=manifest.name, full=False, sets=[])
+        data = read()
+        if data is None:
+            report = CheckReport(name=name, full=False, sets=[])
         else:
             report = check(data, full=config.check == "full", jobs=config.jobs, tokens=_tokens(config.tokenizer))
     except DataError as error:  # not even the annotations are there
-        report = CheckReport(name=manifest.name, full=False, sets=[], unmet=[str(error)])
+        report = CheckReport(name=name, full=False, sets=[], unmet=[str(error)])
     report.unmet += lacking
     write_report(report, folder)
-    log.info("%s: %s", manifest.name, folder / "report.md")
+    log.info("%s: %s", name, folder / "report.md")
     return report
 
 
