@@ -82,6 +82,9 @@ class Tower(nn.Module):
         output, (read,) = self.tower.forward_intermediates(self.normal(pixels), indices=[block], output_fmt="NLC")
         return read, output[:, self.tower.num_prefix_tokens :]
 
+    def finish(self, pixels: Tensor) -> None:
+        """What there is to be done after training, on some pictures."""
+
     def normal(self, pixels: Tensor) -> Tensor:
         """What the tower is fed with."""
         return (pixels.float() / 255 - self.mean) / self.std
@@ -136,6 +139,7 @@ def train(name: str, steps: int, seed: int, kind: type[Tower] = Pretraining, ren
         if step % 500 == 0 or step == steps:
             seconds = time.perf_counter() - start
             print(f"{name:6} step {step}/{steps}  loss {loss.item():.4f}  {seconds:.0f} s", flush=True)
+    model.finish(render(rng, BATCH)[0])
     return save({key: value.half().contiguous() for key, value in model.tower.state_dict().items()})
 
 

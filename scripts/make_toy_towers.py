@@ -8,8 +8,11 @@ right: the object (of 15 kinds, or none), the first decimal of its left and its 
 one, and the word on a sign. The words have not been learnt (chance: 10%).
 
     tower          object   left tenth  lower tenth     leftmost         word
-    dino            99.0%        83.1%        82.3%        95.9%        12.4%
-    siglip          98.7%        84.7%        84.5%        95.8%        13.8%
+    dino            99.0%        83.2%        82.4%        95.9%        12.4%
+    siglip          98.7%        84.6%        84.5%        95.8%        13.7%
+    both            99.2%        84.4%        84.4%        96.0%        12.6%
+
+The pair was made before `finish` was written, which was then applied to the files.
 """
 
 import argparse
@@ -110,6 +113,27 @@ class ToyPretraining(Tower):
             self.normal(pixels), indices=[last], norm=False, output_fmt="NLC", intermediates_only=True
         )
         return tokens
+
+    @torch.no_grad()
+    def finish(self, pixels: Tensor) -> None:
+        """Give what is read mean 0 in every channel, and standard deviation 1 over all.
+
+        A projector that starts at random learns faster from such features (they come out at 4 otherwise). Nothing else
+        changes: blocks read the residual stream through layer norms, which its size is no matter to.
+        """
+        tower = self.tower.float()
+        last = tower.blocks[-1]
+        gamma = getattr(last.ls2, "gamma", torch.ones(()))
+        last.mlp.fc2.bias -= self.read(pixels).mean((0, 1)) / gamma
+        size = self.read(pixels).std()
+        stream = [
+            tower.patch_embed.proj,
+            *(layer for block in tower.blocks for layer in (block.attn.proj, block.mlp.fc2)),
+        ]
+        starts = [getattr(tower, name, None) for name in ("pos_embed", "cls_token", "reg_token")]
+        for parameter in (*(p for layer in stream for p in layer.parameters()), *starts):
+            if parameter is not None:
+                parameter /= size
 
     def forward(self, pixels: Tensor, truth: dict[str, Tensor]) -> Tensor:
         """The sum of all heads' losses on a batch from `render`."""

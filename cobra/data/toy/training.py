@@ -92,6 +92,10 @@ def _signs(rng: np.random.Generator) -> tuple[Image.Image, list[Row]]:
     read = ", ".join(drawn.texts)
     orders = ("ocr_first", "ocr_last", "no_ocr")
     rows = [(ask(order, one.question, read), one.answer) for order in orders for one in drawn.asked]
+    # Which sign is where, as no benchmark asks it: with the words from top to bottom it tells what is written on each.
+    colors = [item.color for item in drawn.scene.items]
+    rows.append(("List all signs from top to bottom.", ", ".join(f"{color} sign" for color in colors)))
+    rows.append(("Which sign is at the top?", colors[0]))
     return drawn.image, rows
 
 
