@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from cobra.config import LLMConfig
 from cobra.generation.engine import decode
-from cobra.generation.quantize import quantize_model
 from cobra.generation.sampling import Sampling
 from cobra.models.build import cast_parameters
 from cobra.models.mamba import MambaLM
+from cobra.models.quantized import is_quantized, quantize_projections
 from cobra.models.state import state_bytes
 
 NEVER = -2  # no token has this id: no answer ends before its limit
@@ -100,15 +100,21 @@ def cobra_subject(name: str, model: MambaLM) -> Subject:
                 rows[row].append(token)
         return torch.tensor(rows)
 
-    tied = 0 if model.lm_head.weight is model.backbone.embedding.weight else model.backbone.embedding.weight.nbytes
+    looked_up = model.backbone.embedding.weight.nbytes if is_quantized(model) else 0  # else it is the head's as well
     return Subject(
         name=name,
         generate=generate,
-        weight_bytes=_weights(model) - tied,
+        weight_bytes=_weights(model) - looked_up,
         row_bytes=lambda _: state_bytes(model.config),
         rewrites=True,
         mamba=model,
     )
+
+
+def _quantized(kind: str, config: LLMConfig, device: torch.device, dtype: torch.dtype) -> Subject:
+    model = random_mamba(config, device, dtype)
+    quantize_projections(model, kind)
+    return cobra_subject(f"Cobra {kind}", model)
 
 
 def _greedy(model: Any) -> Callable[[Tensor, int], Tensor]:
@@ -205,7 +211,7 @@ def subjects(
     ours = random_mamba(sizes.mamba, device, dtype)
     makers: dict[str, Callable[[], Subject | None]] = {"Cobra": lambda: cobra_subject("Cobra", ours)}
     for kind in quantized:
-        makers[f"Cobra {kind}"] = partial(_quantized, f"Cobra {kind}", sizes.mamba, device, dtype, kind)
+        makers[f"Cobra {kind}"] = partial(_quantized, kind, sizes.mamba, device, dtype)
     if with_peers and importlib.util.find_spec("transformers"):
         makers["transformers Mamba"] = lambda: transformers_mamba(ours)
         makers["transformer (Llama)"] = lambda: transformers_llama(sizes, device, dtype)
