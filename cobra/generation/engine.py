@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cobra.errors import ConfigError, NumericsError
-from cobra.generation.rows import Request, Running, next_logits, one_step
+from cobra.generation.graph import lent_stepper
+from cobra.generation.rows import Request, Running, next_logits
 from cobra.generation.sampling import Sampling
 from cobra.models.mamba import MambaLM
 from cobra.models.state import MambaState
@@ -90,7 +91,9 @@ def decode(
     sampling: Sampling,
     is_over: Callable[[int, int], bool] | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
-    """Continue prompts; yield the (row, token id) pairs of each step.
+    """Continue prompts; yield (row, token id) pairs, a row's in order: those of each step, or of several on a GPU.
+
+    Closing the iterator ends the work.
 
     Args:
         prompts, state: as in `prefill`.
@@ -117,19 +120,21 @@ def decode(
     ]
 
     def steps() -> Iterator[list[tuple[int, int]]]:
-        running, counts = Running(llm, end_id, one_step), Counter[int]()
-        with torch.inference_mode():  # not across a yield: the caller's code runs there
-            events = running.begin(list(enumerate(requests)), *prefill(llm, prompts, state))
-        while events:
-            for event in events:
-                if event.finish == "error":
-                    raise _not_finite(llm, f"token {counts[event.ticket] + 1} of answer {event.ticket}")
-                counts[event.ticket] += 1
-            pairs = [(event.ticket, event.token) for event in events if event.token is not None]
-            if pairs:
-                yield pairs
-            with torch.inference_mode():
-                events = running.advance()
+        counts = Counter[int]()
+        with lent_stepper(llm) as stepper:
+            running = Running(llm, end_id, stepper)
+            with torch.inference_mode():  # not across a yield: the caller's code runs there
+                events = running.begin(list(enumerate(requests)), *prefill(llm, prompts, state))
+            while events:
+                for event in events:
+                    if event.finish == "error":
+                        raise _not_finite(llm, f"token {counts[event.ticket] + 1} of answer {event.ticket}")
+                    counts[event.ticket] += 1
+                pairs = [(event.ticket, event.token) for event in events if event.token is not None]
+                if pairs:
+                    yield pairs
+                with torch.inference_mode():
+                    events = running.advance()
 
     return steps()
 

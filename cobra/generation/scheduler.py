@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cobra.errors import ConfigError, ShapeError
 from cobra.generation.engine import check_ids, read
-from cobra.generation.rows import Event, Request, Running, next_logits, one_step
+from cobra.generation.graph import new_stepper
+from cobra.generation.rows import Event, Request, Running, next_logits
 from cobra.models.mamba import MambaLM
 from cobra.models.state import MambaState
 
@@ -64,7 +65,7 @@ class Scheduler:
         self._start = start_state(llm)
         self._waiting: deque[tuple[int, Request]] = deque()
         self._reading: deque[_Reading] = deque()
-        self._running = Running(llm, end_id, one_step)
+        self._running = Running(llm, end_id, new_stepper(llm))
 
     def __len__(self) -> int:
         """Count the answers that wait, are read, or are generated."""
