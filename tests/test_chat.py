@@ -203,7 +203,7 @@ def test_an_interrupted_answer_ends_there(
     stream = chat.stream(QUESTIONS[1])
     text = "".join(next(stream) for _ in range(count))
     if how == "closed":
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
     elif how == "collected":
         del stream
         chat.state  # noqa: B018

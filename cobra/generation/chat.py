@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,7 @@ class Chat:
         # The conversation is `_state` and then `_unread`: an answer that ends by itself leaves its end token there.
         self._state = prefix
         self._unread: list[int] = []
-        self._open: Iterator[str] | None = None
+        self._open: Generator[str, None, None] | None = None
 
     @property
     @torch.inference_mode()
@@ -81,7 +81,7 @@ class Chat:
         """Answer a question; arguments and errors as in `stream`."""
         return "".join(self.stream(text, **options))
 
-    def stream(self, text: str, **options: Unpack[GenerateOptions]) -> Iterator[str]:
+    def stream(self, text: str, **options: Unpack[GenerateOptions]) -> Generator[str, None, None]:
         """Yield the answer to a question piece by piece; they join to what `history` will hold.
 
         A turn enters the conversation when its answer ends. A stream that is closed, collected or interrupted by Ctrl-C
@@ -154,7 +154,7 @@ class Chat:
 
     def _turn(
         self, text: str, question: list[int], steps: Iterator[object], answer: AnswerText, tokens: list[int]
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         pieces: list[str] = []
 
         def keep() -> None:
@@ -180,7 +180,7 @@ class Chat:
 
     def _close(self) -> None:
         if self._open is not None:
-            self._open.close()  # type: ignore[attr-defined]
+            self._open.close()
             self._open = None
 
     def _as_json(self) -> str:
