@@ -108,6 +108,7 @@ class Chat:
         question = self._tokenizer.encode(self._prompt.question(text, is_first=not self.history))
         answer = AnswerText(self._tokenizer.decode, stops)
         tokens: list[int] = []
+        final: list[MambaState] = []  # the state after the question and all tokens, if the answer ends by itself
 
         def is_over(_row: int, token: int) -> bool:
             tokens.append(token)
@@ -124,9 +125,10 @@ class Chat:
                 end_id=self._tokenizer.end_id,
                 sampling=sampling,
                 is_over=is_over,
+                on_end=lambda _row, state: final.append(state),
             )
         self.num_answer_tokens = 0
-        self._open = self._turn(text.strip(), question, steps, answer, tokens)
+        self._open = self._turn(text.strip(), question, steps, answer, tokens, final)
         return self._open
 
     def reset(self) -> None:
@@ -153,16 +155,22 @@ class Chat:
         return path
 
     def _turn(
-        self, text: str, question: list[int], steps: Iterator[object], answer: AnswerText, tokens: list[int]
+        self,
+        text: str,
+        question: list[int],
+        steps: Iterator[object],
+        answer: AnswerText,
+        tokens: list[int],
+        final: list[MambaState],
     ) -> Generator[str, None, None]:
         pieces: list[str] = []
 
-        def keep() -> None:
+        def keep(state: MambaState | None, unread: list[int]) -> None:
             # Read when it is needed: this may run where the stream is collected, which is no place to compute.
-            end = self._tokenizer.encode(self._prompt.answer("")) if not tokens else [self._tokenizer.end_id]
-            self._unread = [*question, *tokens, *end]
+            self._state, self._unread = state, unread
             self.history.append((text, "".join(pieces)))
 
+        end = [self._tokenizer.end_id]
         try:
             is_last = False
             while not is_last:
@@ -174,9 +182,10 @@ class Chat:
                     yield piece
         except (GeneratorExit, KeyboardInterrupt):
             if pieces:
-                keep()
+                keep(self._state, [*question, *tokens, *end])
             raise
-        keep()
+        # An answer without a token is read as training renders it.
+        keep(final[0], end if tokens else self._tokenizer.encode(self._prompt.answer("")))
 
     def _close(self) -> None:
         if self._open is not None:

@@ -167,7 +167,7 @@ def test_chat_in_a_terminal(
 def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(
     terminal: Callable[[list[str]], Terminal], command: Callable[..., list[str]], folder: Path, tmp_path: Path
 ) -> None:
-    chat = terminal(command("generate", f"model={folder}", "max_new_tokens=1000000", "history=null", "temperature=3"))
+    chat = terminal(command("generate", f"model={folder}", "max_new_tokens=1000000", "history=null", "temperature=8"))
     for question in ("what?", "and?"):
         chat.wait_for("> ")
         chat.type(f"{question}\r")
