@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -79,6 +80,7 @@ def build(vlm: Cobra, config: DemoConfig) -> gr.Blocks:
                 image = gr.Image(
                     label="Image", type="pil", image_mode=None, sources=["upload", "clipboard"], height=340
                 )
+                _read_uploads_only(image)
                 gr.Examples([[one] for one in examples()], image, label="Examples", elem_id="examples")
                 with gr.Accordion("Settings", open=False):
                     temperature = gr.Slider(
@@ -133,10 +135,11 @@ class _Tabs:
             [*self._shown, question, *self._settings],
             [chatbot, question, speed],
             trigger_mode="once",
+            api_name="chat",
         )
         stop.click(None, cancels=[asking])
         for event in (reset.click, chatbot.clear, self._image.change):
-            event(forget, self._shown[0], [chatbot, speed], cancels=[asking])
+            event(forget, self._shown[0], [chatbot, speed], cancels=[asking], api_visibility="private")
 
     def short(self) -> None:
         gr = _gradio()
@@ -151,7 +154,13 @@ class _Tabs:
             with _errors_on_the_page():
                 return self._asker.short(*values)
 
-        gr.on([ask.click, question.submit], run, [*self._shown, question, *self._settings], [answer, speed])
+        gr.on(
+            [ask.click, question.submit],
+            run,
+            [*self._shown, question, *self._settings],
+            [answer, speed],
+            api_name="short",
+        )
 
     def judge(self) -> None:
         gr = _gradio()
@@ -169,7 +178,7 @@ class _Tabs:
             with _errors_on_the_page():
                 return self._asker.judge(*values)
 
-        gr.on([ask.click, statement.submit], run, [*self._shown, statement, pair], bars)
+        gr.on([ask.click, statement.submit], run, [*self._shown, statement, pair], bars, api_name="judge")
 
     def find(self) -> None:
         gr = _gradio()
@@ -188,7 +197,27 @@ class _Tabs:
                 return image, f"{text}  (this is no box)", rate
             return draw_box(image, box), text, rate
 
-        gr.on([ask.click, phrase.submit], run, [*self._shown, phrase, *self._settings], [result, said, speed])
+        gr.on(
+            [ask.click, phrase.submit],
+            run,
+            [*self._shown, phrase, *self._settings],
+            [result, said, speed],
+            api_name="find",
+        )
+
+
+def _read_uploads_only(image: gr.Image) -> None:
+    """Check where a file lies before it is opened: Gradio does so only if a client's message says that it is one."""
+    gr, preprocess = _gradio(), image.preprocess
+    uploads = Path(image.GRADIO_CACHE).resolve()
+
+    def checked(payload: Any) -> Any:
+        is_inline = payload is not None and (payload.url or "").startswith("data:")
+        if payload is not None and not is_inline and not Path(payload.path or "").resolve().is_relative_to(uploads):
+            raise gr.Error("Only uploaded images are read.", print_exception=False)
+        return preprocess(payload)
+
+    image.preprocess = checked  # not a subclass, which Gradio takes for a component with a front end of its own
 
 
 def _question(placeholder: str) -> gr.Textbox:
@@ -205,7 +234,7 @@ def _messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [
         {"role": role, "content": text}
         for question, answer in turns
-        for role, text in (("user", question), ("assistant", answer))
+        for role, text in (("user", question), ("assistant", answer or "…"))
     ]
 
 
