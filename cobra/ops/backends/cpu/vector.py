@@ -165,7 +165,7 @@ def prefetch(typing_context, array, offset):
 
 @intrinsic
 def load_wide(typing_context, array, offset):
-    """`load` as float32, of an array of float32 or of bfloat16 numbers held as uint16."""
+    """`load` as float32, of an array of float32, of bfloat16 numbers held as uint16, or of int8."""
 
     def generate(context, builder, signature, arguments):
         pointer = _pointer(context, builder, signature.args[0], *arguments, LANES)
@@ -176,7 +176,7 @@ def load_wide(typing_context, array, offset):
 
 @intrinsic
 def widen(typing_context, number):
-    """One float32, or one bfloat16 held as uint16, as float32."""
+    """One float32, one bfloat16 held as uint16, or one int8, as float32."""
 
     def generate(context, builder, signature, arguments):
         return _widen(builder, arguments[0])
@@ -190,8 +190,11 @@ def _widen(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     is_vector = isinstance(value.type, ir.VectorType)
     if (value.type.element if is_vector else value.type) == single:
         return value
+    is_byte = (value.type.element if is_vector else value.type) == _BYTE
     if is_vector:
         single, wide, shift = ir.VectorType(single, LANES), ir.VectorType(wide, LANES), [shift] * LANES
+    if is_byte:
+        return builder.sitofp(builder.sext(value, wide), single)
     return builder.bitcast(builder.shl(builder.zext(value, wide), ir.Constant(wide, shift)), single)
 
 
