@@ -2,97 +2,90 @@
 # Numba's intrinsics take one argument less than their definitions show.
 # pyright: reportCallIssue=false
 
+from typing import Any
+
+import numpy as np
 import torch
-import torch.nn.functional as F
 from numba import njit
+from numba.extending import overload, register_jitable
 from torch import Tensor
 
-from cobra.ops.quantized import GROUP, QuantizedWeight
+from cobra.ops.quantized import QuantizedWeight
 
 from .compiled import kernel
+from .integers import integer_products, round_inputs, rounded_sizes
 from .team import finish, new_counters, run_together, take, team_size, wait
-from .vector import LANES, load_wide, load_wide_last, pointer, total, zeros_wide
-from .weights import (
-    ELEMENTS,
-    FLOATS,
-    addresses,
-    elements,
-    is_readable,
-    load_weight,
-    load_weight_last,
-    prefetch_weight,
-    row_scale,
-    weight_at,
-)
+from .vector import LANES, load_wide, load_wide_last, pointer, prefetch, total, zeros_wide
+from .weights import FLOATS, FORCE_INLINE, SHORTS, SINGLES, addresses, elements, has_scales, is_readable, weight_at
 
 MAX_ROWS = 8  # beyond, a product is bound by arithmetic, and libraries that block for caches win
 
 _PIECE = 128 * 1024  # numbers of the weight per item
+_AHEAD = 256  # numbers that are asked for before they are needed: a fifth faster where the machine is shared
 
 
 @njit(forceinline=True)
-def dot(weight, row, x, x_at, count):
-    """The dot product of a row of `count` numbers with as many of `x`, always summed in the same order."""
-    sums, at = zeros_wide(), row * count
+def dot(weight, at, x, x_at, count):
+    """The dot product of two pieces of `count` numbers, always summed in the same order."""
+    sums = zeros_wide()
     whole = count // LANES * LANES
     for i in range(0, whole, LANES):
-        sums = sums + load_weight(weight, at + i) * load_wide(x, x_at + i)
+        sums = sums + load_wide(weight, at + i) * load_wide(x, x_at + i)
     if whole < count:
         rest = count - whole
-        sums = sums + load_weight_last(weight, at + count, rest) * load_wide_last(x, x_at + count, rest)
-    return total(sums) * row_scale(weight, row)
+        sums = sums + load_wide_last(weight, at + count, rest) * load_wide_last(x, x_at + count, rest)
+    return total(sums)
 
 
 @njit(forceinline=True)
-def _dot4(weight, row, x, x_at, count, out, out_at, out_step):
+def _dot4(weight, at, x, x_at, count, out, out_at, out_step):
     """`dot` with four consecutive pieces of `x`, in the same order each."""
     sums0 = sums1 = sums2 = sums3 = zeros_wide()
-    at, whole = row * count, count // LANES * LANES
+    whole = count // LANES * LANES
     for i in range(0, whole, LANES):
-        prefetch_weight(weight, at + i)
-        w = load_weight(weight, at + i)
+        prefetch(weight, at + i + _AHEAD)
+        w = load_wide(weight, at + i)
         sums0 = sums0 + w * load_wide(x, x_at + i)
         sums1 = sums1 + w * load_wide(x, x_at + count + i)
         sums2 = sums2 + w * load_wide(x, x_at + 2 * count + i)
         sums3 = sums3 + w * load_wide(x, x_at + 3 * count + i)
     if whole < count:
         rest = count - whole
-        w = load_weight_last(weight, at + count, rest)
+        w = load_wide_last(weight, at + count, rest)
         sums0 = sums0 + w * load_wide_last(x, x_at + count, rest)
         sums1 = sums1 + w * load_wide_last(x, x_at + 2 * count, rest)
         sums2 = sums2 + w * load_wide_last(x, x_at + 3 * count, rest)
         sums3 = sums3 + w * load_wide_last(x, x_at + 4 * count, rest)
-    scale = row_scale(weight, row)
-    out[out_at] = total(sums0) * scale
-    out[out_at + out_step] = total(sums1) * scale
-    out[out_at + 2 * out_step] = total(sums2) * scale
-    out[out_at + 3 * out_step] = total(sums3) * scale
+    out[out_at] = total(sums0)
+    out[out_at + out_step] = total(sums1)
+    out[out_at + 2 * out_step] = total(sums2)
+    out[out_at + 3 * out_step] = total(sums3)
 
 
 @njit(forceinline=True)
-def _four_dots(weight, row, distance, x, x_at, count, out, out_at):
-    """`dot` of four rows, `distance` apart, in the same order each; to places as far apart."""
+def _four_dots(weight, at, distance, x, x_at, count, out, out_at, out_step):
+    """`dot` of four pieces of `weight`, `distance` numbers apart, in the same order each."""
     sums0 = sums1 = sums2 = sums3 = zeros_wide()
-    at, step, whole = row * count, distance * count, count // LANES * LANES
+    whole = count // LANES * LANES
     for i in range(0, whole, LANES):
-        for k in range(4):
-            prefetch_weight(weight, at + k * step + i)
+        for row in range(4):
+            prefetch(weight, at + row * distance + i + _AHEAD)
         v = load_wide(x, x_at + i)
-        sums0 = sums0 + load_weight(weight, at + i) * v
-        sums1 = sums1 + load_weight(weight, at + step + i) * v
-        sums2 = sums2 + load_weight(weight, at + 2 * step + i) * v
-        sums3 = sums3 + load_weight(weight, at + 3 * step + i) * v
+        sums0 = sums0 + load_wide(weight, at + i) * v
+        sums1 = sums1 + load_wide(weight, at + distance + i) * v
+        sums2 = sums2 + load_wide(weight, at + 2 * distance + i) * v
+        sums3 = sums3 + load_wide(weight, at + 3 * distance + i) * v
     if whole < count:
         rest = count - whole
         v = load_wide_last(x, x_at + count, rest)
-        sums0 = sums0 + load_weight_last(weight, at + count, rest) * v
-        sums1 = sums1 + load_weight_last(weight, at + step + count, rest) * v
-        sums2 = sums2 + load_weight_last(weight, at + 2 * step + count, rest) * v
-        sums3 = sums3 + load_weight_last(weight, at + 3 * step + count, rest) * v
-    out[out_at] = total(sums0) * row_scale(weight, row)
-    out[out_at + distance] = total(sums1) * row_scale(weight, row + distance)
-    out[out_at + 2 * distance] = total(sums2) * row_scale(weight, row + 2 * distance)
-    out[out_at + 3 * distance] = total(sums3) * row_scale(weight, row + 3 * distance)
+        sums0 = sums0 + load_wide_last(weight, at + count, rest) * v
+        sums1 = sums1 + load_wide_last(weight, at + distance + count, rest) * v
+        sums2 = sums2 + load_wide_last(weight, at + 2 * distance + count, rest) * v
+        sums3 = sums3 + load_wide_last(weight, at + 3 * distance + count, rest) * v
+    out[out_at] = total(sums0)
+    out[out_at + out_step] = total(sums1)
+    out[out_at + 2 * out_step] = total(sums2)
+    out[out_at + 3 * out_step] = total(sums3)
 
 
 @njit
@@ -105,26 +98,69 @@ def products(weight, first, last, x, x_at, batch, count, out, out_at, out_step):
         # Four places of the memory at once, far apart: it then comes a fifth to a quarter faster.
         distance = (last - first) // 4
         for row in range(first, first + distance):
-            _four_dots(weight, row, distance, x, x_at, count, out, out_at + row - first)
+            _four_dots(weight, row * count, distance * count, x, x_at, count, out, out_at + row - first, distance)
         first, out_at = first + 4 * distance, out_at + 4 * distance
     for row in range(first, last):
         target = out_at + row - first
         for b in range(0, batch - 3, 4):
-            _dot4(weight, row, x, x_at + b * count, count, out, target + b * out_step, out_step)
+            _dot4(weight, row * count, x, x_at + b * count, count, out, target + b * out_step, out_step)
         for b in range(batch // 4 * 4, batch):
-            out[target + b * out_step] = dot(weight, row, x, x_at + b * count, count)
+            out[target + b * out_step] = dot(weight, row * count, x, x_at + b * count, count)
+
+
+def prepare(weight: Any, x: Any, batch: int, count: int, room: Any) -> None:
+    """Round the inputs [batch, count] of `multiply`, if its weight wants them rounded, into `room`."""
+
+
+@overload(prepare, jit_options=FORCE_INLINE)
+def _prepare(weight, x, batch, count, room):
+    if has_scales(weight):
+        return lambda weight, x, batch, count, room: round_inputs(x, batch, count, room[0], room[1])
+    return lambda weight, x, batch, count, room: None
+
+
+def multiply(
+    weight: Any, first: int, last: int, x: Any, room: Any, batch: int, count: int, out: Any, out_at: int, out_step: int
+) -> None:
+    """`products` with a weight of any kind; `room` is as `prepare` has left it."""
+
+
+@overload(multiply, jit_options=FORCE_INLINE)
+def _multiply(weight, first, last, x, room, batch, count, out, out_at, out_step):
+    if has_scales(weight):
+        return lambda weight, first, last, x, room, batch, count, out, out_at, out_step: integer_products(
+            weight, first, last, room[0], room[1], batch, count, out, out_at, out_step
+        )
+    return lambda weight, first, last, x, room, batch, count, out, out_at, out_step: products(
+        weight, first, last, x, 0, batch, count, out, out_at, out_step
+    )
+
+
+@njit(forceinline=True)
+def room_at(address, batch, count):
+    """What `prepare` may write to; of `room_size` bytes."""
+    return pointer(address, SHORTS), pointer(address + rounded_sizes(batch, count)[0], SINGLES)
+
+
+@register_jitable
+def room_size(batch, count):
+    """In bytes, whole cache lines."""
+    integers, scales = rounded_sizes(batch, count)
+    return integers + scales
 
 
 @kernel
-def _linear(thread, counters, address, scales, like, rows, count, x_address, batch, out_address, single):
-    weight = weight_at(address, scales, like)
-    x, out = pointer(x_address, single), pointer(out_address, single)
+def _linear(thread, counters, address, scales, like, rows, count, x_address, batch, out_address, work):
+    weight, x, out = weight_at(address, scales, like), pointer(x_address, SINGLES), pointer(out_address, SINGLES)
+    room = room_at(np.int64(work.ctypes.data) + thread * room_size(batch, count), batch, count)
     size = max(1, _PIECE // count)
     items = (rows + size - 1) // size
     item = take(counters, 0)
+    if item < items:
+        prepare(weight, x, batch, count, room)
     while item < items:
         first = item * size
-        products(weight, first, min(first + size, rows), x, 0, batch, count, out, first, rows)
+        multiply(weight, first, min(first + size, rows), x, room, batch, count, out, first, rows)
         finish(counters, 0)
         item = take(counters, 0)
     wait(counters, 0, items)
@@ -133,8 +169,8 @@ def _linear(thread, counters, address, scales, like, rows, count, x_address, bat
 def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor | None:
     """See `cobra.ops.fused.linear`.
 
-    Taken are float32 and bfloat16, up to `MAX_ROWS` rows, a weight that is a contiguous plain tensor or made of such.
-    None, without a result, for anything else, sizes that disagree included.
+    Taken are float32 and bfloat16, up to `MAX_ROWS` rows, a weight that is a contiguous plain tensor, or made of such
+    and, in 8 bits, has rows of whole groups. None, without a result, for anything else, sizes that disagree included.
     """
     if (
         x.dtype not in FLOATS
@@ -144,13 +180,12 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor | None:
         or 0 in weight.shape
     ):
         return None
-    rows, count = weight.shape
-    x, out = x.float(), torch.empty(x.shape[0], rows)
-    if isinstance(weight, QuantizedWeight) and weight.bits == 4 and count % GROUP:
-        x = F.pad(x, (0, -count % GROUP))
-    x = x.contiguous()
+    (rows, count), batch = weight.shape, x.shape[0]
+    x, out = x.float().contiguous(), torch.empty(batch, rows)
+    threads = team_size(rows * count)
+    work = np.empty(threads * room_size(batch, count) if isinstance(weight, QuantizedWeight) else 0, np.uint8)
     run_together(
-        _linear, team_size(rows * count), new_counters(1), *addresses(weight), elements(weight), rows, x.shape[1],
-        x.data_ptr(), x.shape[0], out.data_ptr(), ELEMENTS[torch.float32],
+        _linear, threads, new_counters(1), *addresses(weight), elements(weight), rows, count, x.data_ptr(), batch,
+        out.data_ptr(), work,
     )  # fmt: skip
     return out

@@ -18,13 +18,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numba import njit
+from numba.extending import register_jitable
 from torch import Tensor
 
 from cobra.ops.fused import BlockWeights
-from cobra.ops.quantized import GROUP, QuantizedWeight
+from cobra.ops.quantized import QuantizedWeight
 
 from .compiled import kernel
-from .matvec import MAX_ROWS, dot, products
+from .matvec import MAX_ROWS, dot, multiply, prepare, products, room_at, room_size
 from .team import finish, new_counters, run_together, take, team_size, wait
 from .vector import (
     LANES,
@@ -46,7 +47,7 @@ _OUT_ROWS = 32  # per item of phase 3
 _FLOAT32 = ELEMENTS[torch.float32]
 
 
-@njit(forceinline=True)
+@register_jitable
 def _round_up(count):
     """To whole cache lines of float32."""
     return (count + 15) // 16 * 16
@@ -56,7 +57,7 @@ def _round_up(count):
 def _normalise(residual, weight, batch, width, eps, normed):
     for b in range(batch):
         at = b * width
-        scale = np.float32(1.0 / math.sqrt(dot(residual, b, residual, at, width) / width + eps))
+        scale = np.float32(1.0 / math.sqrt(dot(residual, at, residual, at, width) / width + eps))
         for i in range(width):
             normed[at + i] = residual[at + i] * scale * widen(weight[i])
 
@@ -138,13 +139,15 @@ def _stack(
     y = pointer(address + 8 * _round_up(batch * inner), float_like)
     selected = pointer(address + 12 * _round_up(batch * inner), float_like)
     address += 12 * _round_up(batch * inner) + 4 * _round_up(batch * chosen)
-    address += 4 * thread * _own_size(batch, width, state, rank, taps)
+    address += 4 * thread * _own_size(batch, width, inner, state, rank, taps)
     residual = pointer(address, float_like)
     normed = pointer(address + 4 * _round_up(batch * width), float_like)
     address += 8 * _round_up(batch * width)
     matrix = pointer(address, float_like)
     steps = pointer(address + 4 * max(state, taps + 1) * LANES, float_like)
-    low = pointer(address + 4 * (max(state, taps + 1) + batch) * LANES, float_like)
+    address += 4 * (max(state, taps + 1) + batch) * LANES
+    low = pointer(address, float_like)
+    room = room_at(address + 4 * LANES + 4 * _round_up(batch * rank), batch, max(width, inner))
 
     for i in range(batch * width):
         residual[i] = 0.0
@@ -156,7 +159,9 @@ def _stack(
         items = (inner + LANES - 1) // LANES
         item = take(counters, phase)
         if item < items:
+            weight = weight_at(table[layer, 1], table[layer, 17], large_like)
             _normalise(residual, pointer(table[layer, 0], small_like), batch, width, eps, normed)
+            prepare(weight, normed, batch, width, room)
             if item == 0 and layer == num_layers - 1:
                 out = pointer(residual_address, float_like)
                 for i in range(batch * width):
@@ -165,8 +170,8 @@ def _stack(
             first = item * LANES
             last = min(first + LANES, inner)
             weight = weight_at(table[layer, 1], table[layer, 17], large_like)
-            products(weight, first, last, normed, 0, batch, width, x, first, inner)
-            products(weight, inner + first, inner + last, normed, 0, batch, width, z, first, inner)
+            multiply(weight, first, last, normed, room, batch, width, x, first, inner)
+            multiply(weight, inner + first, inner + last, normed, room, batch, width, z, first, inner)
             _convolve(
                 x, pointer(table[layer, 2], small_like), pointer(table[layer, 3], small_like),
                 first, last - first, batch, inner, taps,
@@ -180,12 +185,13 @@ def _stack(
         phase += 1
         items = (chosen + _SELECT_ROWS - 1) // _SELECT_ROWS
         item = take(counters, phase)
+        if item < items:
+            prepare(weight_at(table[layer, 4], table[layer, 18], select_like), x, batch, inner, room)
         while item < items:
             first = item * _SELECT_ROWS
+            last = min(first + _SELECT_ROWS, chosen)
             weight = weight_at(table[layer, 4], table[layer, 18], select_like)
-            products(
-                weight, first, min(first + _SELECT_ROWS, chosen), x, 0, batch, inner, selected, first, chosen
-            )  # fmt: skip
+            multiply(weight, first, last, x, room, batch, inner, selected, first, chosen)
             finish(counters, phase)
             item = take(counters, phase)
         wait(counters, phase, items)
@@ -209,20 +215,24 @@ def _stack(
         phase += 1
         items = (width + _OUT_ROWS - 1) // _OUT_ROWS
         item = take(counters, phase)
+        if item < items:
+            prepare(weight_at(table[layer, 9], table[layer, 19], large_like), y, batch, inner, room)
         while item < items:
             first = item * _OUT_ROWS
+            last = min(first + _OUT_ROWS, width)
             at = (layer + 1) * batch * width + first
             weight = weight_at(table[layer, 9], table[layer, 19], large_like)
-            products(weight, first, min(first + _OUT_ROWS, width), y, 0, batch, inner, hidden, at, width)
+            multiply(weight, first, last, y, room, batch, inner, hidden, at, width)
             finish(counters, phase)
             item = take(counters, phase)
         wait(counters, phase, items)
 
 
-@njit(forceinline=True)
-def _own_size(batch, width, state, rank, taps):
+@register_jitable
+def _own_size(batch, width, inner, state, rank, taps):
     """Work memory of one thread, in numbers."""
-    return 2 * _round_up(batch * width) + (max(state, taps + 1) + batch + 1) * LANES + _round_up(batch * rank)
+    size = 2 * _round_up(batch * width) + (max(state, taps + 1) + batch + 1) * LANES + _round_up(batch * rank)
+    return size + room_size(batch, max(width, inner)) // 4
 
 
 def _kind(weight: Tensor | QuantizedWeight) -> torch.dtype | int:
@@ -249,7 +259,6 @@ def _fits(layers: Sequence[BlockWeights], hidden: Tensor, conv: Sequence[Tensor]
     ]  # fmt: skip
     return (
         (large == select == step or (isinstance(large, int) and isinstance(select, int)))
-        and not (4 in (large, select) and (width % GROUP or inner % GROUP))  # inputs lie without zeros between them
         and expected[2][1] in ((inner, taps), (inner, 1, taps))
         and all([(_kind(t), t.shape) for t in layer] == expected and all(map(is_readable, layer)) for layer in layers)
         and all(t.dtype in FLOATS and t.is_cpu and t.shape == (batch, taps - 1, inner) for t in conv)
@@ -292,7 +301,7 @@ def stack_step(
     )
     threads = team_size(3 * num_layers * width * inner)
     sizes = [(num_layers + 1) * batch * width, *[batch * inner] * 3, batch * (rank + 2 * state)]
-    own = _own_size(batch, width, state, rank, taps)
+    own = _own_size(batch, width, inner, state, rank, taps)
     work = torch.empty(sum(map(_round_up, sizes)) + threads * own)
     work[: batch * width].view(batch, width).copy_(hidden)
     residual = torch.empty(batch, width)

@@ -52,17 +52,17 @@ _ATANH_FLOAT64 = tuple(1.0 / (2 * k + 1) for k in range(18))
 
 
 class Vector(types.Type):
-    """`LANES` numbers of one floating point type."""
+    """`LANES` numbers of one floating point type, or as many as are said."""
 
-    def __init__(self, dtype: types.Float) -> None:
-        self.dtype = dtype
-        super().__init__(name=f"Vector({dtype}, {LANES})")
+    def __init__(self, dtype: types.Float, lanes: int = LANES) -> None:
+        self.dtype, self.lanes = dtype, lanes
+        super().__init__(name=f"Vector({dtype}, {lanes})")
 
 
 @register_model(Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Vector) -> None:
-        super().__init__(dmm, fe_type, ir.VectorType(_scalar(fe_type), LANES))
+        super().__init__(dmm, fe_type, ir.VectorType(_scalar(fe_type), fe_type.lanes))
 
 
 def _scalar(vector: Vector) -> ir.Type:
@@ -165,7 +165,7 @@ def prefetch(typing_context, array, offset):
 
 @intrinsic
 def load_wide(typing_context, array, offset):
-    """`load` as float32, of an array of float32, of bfloat16 numbers held as uint16, or of int8."""
+    """`load` as float32, of an array of float32 or of bfloat16 numbers held as uint16."""
 
     def generate(context, builder, signature, arguments):
         pointer = _pointer(context, builder, signature.args[0], *arguments, LANES)
@@ -176,7 +176,7 @@ def load_wide(typing_context, array, offset):
 
 @intrinsic
 def widen(typing_context, number):
-    """One float32, one bfloat16 held as uint16, or one int8, as float32."""
+    """One float32, or one bfloat16 held as uint16, as float32."""
 
     def generate(context, builder, signature, arguments):
         return _widen(builder, arguments[0])
@@ -190,11 +190,8 @@ def _widen(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     is_vector = isinstance(value.type, ir.VectorType)
     if (value.type.element if is_vector else value.type) == single:
         return value
-    is_byte = (value.type.element if is_vector else value.type) == _BYTE
     if is_vector:
         single, wide, shift = ir.VectorType(single, LANES), ir.VectorType(wide, LANES), [shift] * LANES
-    if is_byte:
-        return builder.sitofp(builder.sext(value, wide), single)
     return builder.bitcast(builder.shl(builder.zext(value, wide), ir.Constant(wide, shift)), single)
 
 
@@ -217,7 +214,7 @@ def total(typing_context, vector):
 
     def generate(context, builder, signature, arguments):
         (value,) = arguments
-        lanes = LANES
+        lanes = vector.lanes
         while lanes > 1:
             lanes //= 2
             low = ir.Constant(ir.VectorType(_INT32, lanes), list(range(lanes)))
