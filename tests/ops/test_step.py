@@ -24,8 +24,9 @@ from cobra.ops.quantized import QuantizedWeight, dequantize, quantize
 
 # Relative to the largest magnitude: float32 arithmetic. Weights in bfloat16 are exact numbers to both sides.
 TOLERANCE = 1e-5
-# With quantised weights inputs become integers of 16 bits, which these layers, as large as real ones never are, amplify.
-ROUNDED_TOLERANCE = 5e-4
+# With quantised weights the inputs become integers of 16 bits, which loses some 1e-5; three random layers, far from
+# trained ones, make fifty times as much of it. A wrong number anywhere gives errors of order one.
+ROUNDED_TOLERANCE = 3e-3
 EPS = 1e-5
 
 States = list[Tensor]
