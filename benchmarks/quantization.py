@@ -5,15 +5,18 @@
     python benchmarks/quantization.py --model runs/tiny --easy-vqa data/easy-vqa --rows 2000
 
 Against the float32 weights: `KL` is the Kullback-Leibler divergence of the next token's distribution (mean and 99th
-percentile, in nats, over every position of some prompts, after images if there is a benchmark), `same` the share of
-positions whose likeliest token is the same, `accuracy` the benchmark's, on its first rows. `MB` is what one token reads: the language model without the
-embedding's table. Ways take turns; tokens/s is from the median step of one row, `x` its multiple of float32.
+percentile, in nats, over every position of some prompts, which follow images if there is a benchmark), `same` the share
+of positions whose likeliest token is the same, `accuracy` the benchmark's on its first rows. `MB` is what one token
+reads: the language model without the embedding's table. tokens/s is from the median step of one row; ways take turns;
+`x` is the multiple of float32.
 
-`torchao` is that library's weight-only int8 (a scale per row) and int4 (groups of 64)
-in our modules, where it is installed. Random weights have nothing to say: their KL orders ways, no more.
+`torchao` is that library's weight-only int8 (a scale per row) and int4 (groups of 64) in our modules, where it is
+installed. Random weights have nothing to say: their KL orders ways, no more.
 """
 
 # pyright: basic
+from __future__ import annotations
+
 import argparse
 import copy
 import importlib.util
@@ -36,7 +39,6 @@ from cobra.eval.benchmarks.easyvqa import EasyVQA
 from cobra.models.build import cast_parameters
 from cobra.models.mamba import MambaLM
 from cobra.models.quantized import FORMATS, quantize_projections
-from cobra.models.state import MambaState
 from cobra.runtime import pick_device
 
 MAMBA_130M = LLMConfig(d_model=768, num_layers=24, vocab_size=50277, tokenizer="", prompt="mamba")
@@ -114,31 +116,59 @@ def _nbytes(tensor: Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class Text:
-    """Token ids to be predicted, after an image or from the start."""
+class Subject:
+    """What is measured: a language model, that of a whole model where there is one, and what both are to read."""
 
-    ids: list[int]
-    prefix: MambaState | None = None
+    llm: MambaLM
+    vlm: cobra.Cobra | None
+    texts: list[list[int]]
+    questions: list[Question]
+
+    def changed(self, convert: Callable[[MambaLM], None]) -> Subject:
+        """A copy with other weights; encoders and projector keep theirs, cast to the language model's dtype."""
+        if self.vlm is None:
+            llm = copy.deepcopy(self.llm)
+            convert(llm)
+            return Subject(llm, None, self.texts, self.questions)
+        model = copy.deepcopy(self.vlm.model)
+        convert(model.llm)
+        for part in (model.vision, model.projector):
+            cast_parameters(part, model.llm.backbone.embedding.weight.dtype)
+        vlm = cobra.Cobra(model, self.vlm.tokenizer, self.vlm.name)
+        return Subject(model.llm, vlm, self.texts, self.questions)
+
+    def log_probabilities(self) -> list[Tensor]:
+        """Of the next token at every position of every text: [positions, vocabulary]."""
+        prefixes = [None] * len(self.texts)
+        if self.vlm is not None and self.questions:
+            images = self.vlm.encode_image([question.image for question in self.questions[: len(self.texts)]])
+            prefixes = [images[i].state for i in range(len(images))]
+        rows = []
+        for text, prefix in zip(self.texts, prefixes, strict=True):
+            ids = torch.tensor([text], device=self.llm.backbone.embedding.weight.device)
+            hidden, _ = self.llm(self.llm.embed(ids), state=prefix)
+            logits = self.llm.head(hidden)[0, :, : self.llm.config.vocab_size]
+            rows.append(F.log_softmax(logits.float(), dim=-1))
+        return rows
+
+    def accuracy(self, benchmark: EasyVQA | None) -> float | None:
+        """The benchmark's own score on the questions."""
+        if benchmark is None or self.vlm is None:
+            return None
+        answers: list[str] = []
+        for start in range(0, len(self.questions), BATCH_SIZE):
+            part = self.questions[start : start + BATCH_SIZE]
+            images, prompts = [question.image for question in part], [question.text for question in part]
+            answers += self.vlm.generate(images, prompts, max_new_tokens=benchmark.max_new_tokens)
+        return statistics.mean(benchmark.score_answer(a, q)[0] for a, q in zip(answers, self.questions, strict=True))
 
 
-@torch.inference_mode()
-def log_probabilities(llm: MambaLM, text: Text) -> Tensor:
-    """Of the next token at every position: [positions, vocabulary]."""
-    ids = torch.tensor([text.ids], device=llm.backbone.embedding.weight.device)
-    prefix = text.prefix
-    hidden, _ = llm(llm.embed(ids), state=prefix)
-    return F.log_softmax(llm.head(hidden)[0, :, : llm.config.vocab_size].float(), dim=-1)
-
-
-def difference(llm: MambaLM, texts: list[Text], expected: list[Tensor]) -> tuple[float, float, float]:
+def difference(before: list[Tensor], after: list[Tensor]) -> tuple[float, float, float]:
     """Mean and 99th percentile of the KL divergence in nats, share of positions with the same likeliest token."""
-    divergences, same = [], []
-    for text, before in zip(texts, expected, strict=True):
-        after = log_probabilities(llm, text)
-        divergences.append((before.exp() * (before - after)).sum(dim=-1))
-        same.append(before.argmax(dim=-1) == after.argmax(dim=-1))
-    all_of_them = torch.cat(divergences).clamp(min=0)
-    return all_of_them.mean().item(), all_of_them.quantile(0.99).item(), torch.cat(same).float().mean().item()
+    p, q = torch.cat(before), torch.cat(after)
+    divergences = (p.exp() * (p - q)).sum(dim=-1).clamp(min=0)
+    same = p.argmax(dim=-1) == q.argmax(dim=-1)
+    return divergences.mean().item(), divergences.quantile(0.99).item(), same.float().mean().item()
 
 
 def stepper(llm: MambaLM) -> Callable[[], Tensor]:
@@ -165,59 +195,36 @@ def take_turns(ways: dict[str, Callable[[], object]], seconds: float) -> dict[st
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def accuracy(vlm: cobra.Cobra, questions: list[Question], benchmark: EasyVQA) -> float:
-    """The benchmark's own score on these questions."""
-    answers: list[str] = []
-    for start in range(0, len(questions), BATCH_SIZE):
-        part = questions[start : start + BATCH_SIZE]
-        images, prompts = [question.image for question in part], [question.text for question in part]
-        answers += vlm.generate(images, prompts, max_new_tokens=benchmark.max_new_tokens)
-    scores = [benchmark.score_answer(a, q)[0] for a, q in zip(answers, questions, strict=True)]
-    return statistics.mean(scores)
-
-
-def texts_of(vlm: cobra.Cobra, questions: list[Question]) -> list[Text]:
-    """Questions and their true answers after their images; without any, questions of the usual kinds alone."""
-    if not questions:
-        return [Text(vlm.tokenizer.encode(vlm.prompt.question(prompt))) for prompt in PROMPTS]
-    return [
-        Text(
-            vlm.tokenizer.encode(vlm.prompt.question(question.text) + vlm.prompt.answer(question.truth)),
-            vlm.encode_image(question.image).state,
-        )
-        for question in questions[:BATCH_SIZE]
-    ]
-
-
-def random_model() -> tuple[MambaLM, list[Text]]:
+def random_subject(device: torch.device) -> Subject:
     generator = torch.Generator().manual_seed(0)
     llm = MambaLM(MAMBA_130M).requires_grad_(False).eval()
     llm.init_weights(generator)
-    return llm, [Text(torch.randint(50_000, (32,), generator=generator).tolist()) for _ in range(8)]
+    texts = [torch.randint(50_000, (32,), generator=generator).tolist() for _ in range(8)]
+    return Subject(llm.to(device), None, texts, [])
+
+
+def trained_subject(vlm: cobra.Cobra, questions: list[Question]) -> Subject:
+    """Texts are questions and their true answers; without a benchmark, questions of the usual kinds alone."""
+    texts = [vlm.prompt.question(q.text) + vlm.prompt.answer(q.truth) for q in questions[:BATCH_SIZE]]
+    texts = texts or [vlm.prompt.question(prompt) for prompt in PROMPTS]
+    return Subject(vlm.model.llm, vlm, [vlm.tokenizer.encode(text) for text in texts], questions)
 
 
 def measure(options: argparse.Namespace) -> list[Row]:
-    vlm, questions, benchmark = None, [], None
-    if options.easy_vqa:
-        benchmark = EasyVQA(folder=str(options.easy_vqa))
-        questions = benchmark.questions()[: options.rows]
+    benchmark = EasyVQA(folder=str(options.easy_vqa)) if options.easy_vqa else None
     if options.model:
         vlm = cobra.load(options.model, device=options.device)
-        llm, texts = vlm.model.llm, texts_of(vlm, questions)
+        subject = trained_subject(vlm, benchmark.questions()[: options.rows] if benchmark else [])
     else:
-        llm, texts = random_model()
-        llm.to(pick_device(options.device))
-    expected = [log_probabilities(llm, text) for text in texts]
-    models, found = {}, {}
+        subject = random_subject(pick_device(options.device))
+    expected = subject.log_probabilities()
+    models: dict[str, MambaLM] = {}
+    found: dict[str, tuple[float, float, float]] = {}
+    right: dict[str, float | None] = {}
     for name, convert in all_ways().items():
-        models[name] = changed = copy.deepcopy(llm)
-        convert(changed)
-        right = None
-        if vlm is not None and benchmark is not None:
-            vlm.model.llm = changed
-            right = accuracy(vlm, questions, benchmark)
-            vlm.model.llm = llm
-        found[name] = (*difference(changed, texts, expected), right)
+        changed = subject.changed(convert)
+        models[name] = changed.llm
+        found[name], right[name] = difference(expected, changed.log_probabilities()), changed.accuracy(benchmark)
         sys.stderr.write(f"{name}: done\n")
     seconds = take_turns({name: stepper(model) for name, model in models.items()}, options.seconds)
     return [
@@ -229,7 +236,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
             kl_mean=found[name][0],
             kl_99=found[name][1],
             same=found[name][2],
-            accuracy=found[name][3],
+            accuracy=right[name],
         )
         for name, model in models.items()
     ]
