@@ -7,9 +7,9 @@ The weights are random and lie in one block of memory; `read` is PyTorch's sum o
 token at a time can be much faster. `fused` is `MambaLM.step` and `head`, `torch ops` the same blocks module by module,
 `transformers` MambaForCausalLM with its cache and the same weights. Ways take turns within rounds; `least` and `median`
 are over all rounds. Ratios are between medians: other users of a machine slow reading and decoding alike, and the
-luckiest moments of two ways do not compare. `int8` and `int4` are `fused` with projections and head quantised, and
-belong to the weights above them; they are compared with their own blocks. Ways whose logits disagree with the blocks in float32 are marked. bfloat16
-keeps the scan's own parameters in float32, as Cobra does.
+luckiest moments of two ways do not compare. `int8` and `int4` are `fused` with projections and head quantised, and the
+rest as above them. Ways whose logits disagree with the blocks (in float32; of quantised weights, with their own blocks)
+are marked. bfloat16 keeps the scan's own parameters in float32, as Cobra does.
 """
 
 import argparse

@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,9 @@ def torchao(name: str) -> Callable[[MambaLM], None]:
         from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 
         llm.lm_head.weight = nn.Parameter(llm.lm_head.weight.detach().clone())
-        config = Int8WeightOnlyConfig() if name == "int8" else IntxWeightOnlyConfig(torch.int4, PerGroup(64))
+        config = (
+            Int8WeightOnlyConfig() if name == "int8" else IntxWeightOnlyConfig(getattr(torch, "int4"), PerGroup(64))
+        )
         wanted = ("in_proj", "x_proj", "out_proj", "lm_head")
         quantize_(llm, config, filter_fn=lambda module, path: path.split(".")[-1] in wanted)
 
@@ -107,11 +110,9 @@ def bytes_per_token(llm: MambaLM) -> int:
     return sum(_nbytes(tensor) for tensor in tensors.values())
 
 
-def _nbytes(tensor: Tensor) -> int:
+def _nbytes(tensor: Any) -> int:
     """Also of torchao's tensors, whose own count is of the numbers that they stand for."""
-    names = getattr(tensor, "tensor_data_names", None)
-    if names is None and hasattr(tensor, "__tensor_flatten__"):
-        names = tensor.__tensor_flatten__()[0]
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
     return sum(_nbytes(getattr(tensor, name)) for name in names) if names else tensor.nbytes
 
 
