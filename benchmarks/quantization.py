@@ -85,9 +85,8 @@ def torchao(name: str) -> Callable[[MambaLM], None]:
         from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 
         llm.lm_head.weight = nn.Parameter(llm.lm_head.weight.detach().clone())
-        config = (
-            Int8WeightOnlyConfig() if name == "int8" else IntxWeightOnlyConfig(getattr(torch, "int4"), PerGroup(64))
-        )
+        int4: Any = torch.int4  # type: ignore[attr-defined]
+        config = Int8WeightOnlyConfig() if name == "int8" else IntxWeightOnlyConfig(int4, PerGroup(64))
         wanted = ("in_proj", "x_proj", "out_proj", "lm_head")
         quantize_(llm, config, filter_fn=lambda module, path: path.split(".")[-1] in wanted)
 

@@ -104,6 +104,8 @@ def test_what_is_quantised_and_what_is_not() -> None:
     quantised = {name for name, module in lm.named_modules() if isinstance(module, QuantizedLinear)}
     blocks = {f"backbone.layers.{i}.mixer.{name}" for i in range(2) for name in ("in_proj", "x_proj", "out_proj")}
     assert quantised == blocks | {"lm_head"} and is_quantized(lm) and not is_quantized(make_lm())
+    bits = {name.split(".")[-1]: module.bits for name, module in lm.named_modules() if hasattr(module, "bits")}
+    assert bits == {"in_proj": 4, "x_proj": 8, "out_proj": 4, "lm_head": 4}
     assert lm.backbone.embedding.weight.dtype == torch.float32
     names = {name.split(".", 3)[-1] for name, _ in lm.named_parameters()}
     assert "mixer.dt_proj.weight" in names and not any("in_proj" in name for name in names)
