@@ -248,7 +248,7 @@ def _messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
 def _say(error: CobraError) -> Any:
     """Show an error above the page, which stays as it is: Gradio's own errors would cover the conversation."""
     gr = _gradio()
-    gr.Warning(str(error), title="This did not work")
+    gr.Warning(str(error))
     return gr.skip()
 
 
