@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 
 import torch
@@ -49,6 +49,15 @@ def prefill(
     return next_logits(llm, last), after
 
 
+def start_state(llm: MambaLM) -> MambaState:
+    """Return the state before any token, one row: the same as none."""
+    config, weight = llm.config, llm.backbone.embedding.weight
+    conv = weight.new_zeros(1, config.d_conv - 1, config.d_inner)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    ssm = weight.new_zeros(1, config.d_inner, config.d_state, dtype=dtype)
+    return MambaState([conv] * config.num_layers, [ssm] * config.num_layers)
+
+
 def _read_in_chunks(
     llm: MambaLM, prompts: Sequence[Sequence[int]], state: MambaState | None, chunk: int
 ) -> tuple[Tensor, MambaState]:
@@ -91,7 +100,7 @@ def decode(
     sampling: Sampling,
     is_over: Callable[[int, int], bool] | None = None,
     on_end: Callable[[int, MambaState], None] | None = None,
-) -> Iterator[list[tuple[int, int]]]:
+) -> Generator[list[tuple[int, int]]]:
     """Continue prompts; yield (row, token id) pairs, a row's in order: those of each step, or of several on a GPU.
 
     Closing the iterator ends the work.
@@ -127,7 +136,7 @@ def decode(
         for row, prompt in enumerate(prompts)
     ]
 
-    def steps() -> Iterator[list[tuple[int, int]]]:
+    def steps() -> Generator[list[tuple[int, int]]]:
         counts = Counter[int]()
         with lent_stepper(llm) as stepper:
             running = Running(llm, end_id, stepper)

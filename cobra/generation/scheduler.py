@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cobra.errors import ConfigError, ShapeError
-from cobra.generation.engine import check_ids, read
+from cobra.generation.engine import check_ids, read, start_state
 from cobra.generation.graph import new_stepper
 from cobra.generation.rows import Event, Request, Running, next_logits
 from cobra.models.mamba import MambaLM
@@ -144,12 +144,3 @@ class Scheduler:
             hidden, after = hidden[torch.tensor(done).to(hidden.device)], after[list(done)]
         requests = [(group[row].ticket, group[row].request) for row in done]
         return self._running.begin(requests, next_logits(self._llm, hidden), after)
-
-
-def start_state(llm: MambaLM) -> MambaState:
-    """Return the state before any token, one row: the same as none."""
-    config, weight = llm.config, llm.backbone.embedding.weight
-    conv = weight.new_zeros(1, config.d_conv - 1, config.d_inner)
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    ssm = weight.new_zeros(1, config.d_inner, config.d_state, dtype=dtype)
-    return MambaState([conv] * config.num_layers, [ssm] * config.num_layers)
