@@ -35,6 +35,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _ALIASES = {
     "evaluate": {"model": "load", "data_root": "paths.data"},
     "score": {"data_root": "paths.data"},
+    "serve": {"model": "load"},
     "prepare": {"data": "sets", "benchmark": "benchmarks", "data_root": "paths.data", "--dry-run": "dry_run=true"},
 }
 # Other spellings, understood and never shown.

@@ -27,6 +27,7 @@ from cobra.config.model import (
     TowerConfig,
     VisionConfig,
 )
+from cobra.config.serve import ServeConfig
 from cobra.config.train import (
     LORA_TARGETS,
     STAGES,
@@ -56,6 +57,7 @@ __all__ = [
     "ProjectorConfig",
     "RunConfig",
     "ScoreConfig",
+    "ServeConfig",
     "TowerConfig",
     "TrackerConfig",
     "TrainConfig",
