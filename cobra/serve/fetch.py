@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import socket
 import ssl
 from contextlib import suppress
@@ -21,6 +22,7 @@ MAX_REDIRECTS = 5
 _REDIRECTIONS = (301, 302, 303, 307, 308)
 _READ_SIZE = 2**16  # bytes
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_HOST = re.compile(r"[A-Za-z0-9._:-]+")
 _UNRESERVED = "!#$%&'()*+,/:;=?@[]~"  # characters of an address that stay as they are
 
 
@@ -81,23 +83,19 @@ async def _follow(url: str, max_bytes: int, allow_private: bool) -> bytes:
 
 
 def _split(url: str) -> SplitResult:
+    """Take an address apart, in ASCII: the host as IDNA, the rest percent-encoded."""
     try:
-        parts = urlsplit(quote(url, safe=_UNRESERVED) if url.isascii() else _encoded(url))
-        _ = parts.port
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna").decode()
+        port = "" if parts.port is None else f":{parts.port}"
+        path, query = quote(parts.path, safe=_UNRESERVED), quote(parts.query, safe=_UNRESERVED)
     except (ValueError, UnicodeError):
         raise NotFetched("this is not an address") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not _HOST.fullmatch(host):
         raise NotFetched("only http and https addresses are fetched")
     if parts.username is not None or parts.password is not None:
         raise NotFetched("addresses with user names are not fetched")
-    return parts
-
-
-def _encoded(url: str) -> str:
-    """Return an address in ASCII: the host as IDNA, the rest percent-encoded."""
-    parts = urlsplit(url)
-    host = parts.netloc.encode("idna").decode() if parts.netloc else ""
-    return parts._replace(netloc=host, path=quote(parts.path, safe=_UNRESERVED)).geturl()
+    return SplitResult(parts.scheme, f"[{host}]{port}" if ":" in host else f"{host}{port}", path or "/", query, "")
 
 
 def _port(parts: SplitResult) -> int:
@@ -140,7 +138,7 @@ async def _get(
     parts: SplitResult, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, max_bytes: int
 ) -> bytes | _Redirection:
     connection = h11.Connection(h11.CLIENT)
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    target = parts.path + (f"?{parts.query}" if parts.query else "")
     headers = [
         ("Host", parts.netloc),
         ("User-Agent", "cobra"),

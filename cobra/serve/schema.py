@@ -99,7 +99,7 @@ class Message(BaseModel):
         """Answers come back with fields of theirs that are empty, such as tool_calls."""
         filled = [name for name, value in (self.model_extra or {}).items() if value and name != "name"]
         if filled:
-            raise ValueError(f"{filled[0]!r} is not supported")
+            raise ValueError(f"{filled[0][:100]!r} is not supported")
         return self
 
 
@@ -178,6 +178,8 @@ def _explain(error: ValidationError) -> ApiError:
     """Name the first wrong field as OpenAI does, `messages[0].content`; what it holds is not repeated."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "union_tag_invalid":
+        message = "the type of a part must be 'text' or 'image_url'"
     if first["type"] == "json_invalid":
         return refuse(f"The body is not JSON: {message.removeprefix('Invalid JSON: ')}.", code="invalid_json")
     place = first["loc"]

@@ -13,7 +13,6 @@ from starlette.responses import JSONResponse, Response
 
 from cobra.api import Cobra
 from cobra.config import ServeConfig
-from cobra.errors import CobraError
 from cobra.serve.answers import END_OF_STREAM, Completion, error_event, usage
 from cobra.serve.errors import ApiError
 from cobra.serve.intake import Intake, Order
@@ -147,9 +146,9 @@ class Service:
             if order.wants_usage:
                 yield completion.chunk([], usage=usage(order.prompt_tokens, sum(counts)))
             yield END_OF_STREAM
-        except CobraError as error:
-            facts["error"] = "timeout" if isinstance(error, ApiError) and error.code == "timeout" else "failed"
-            yield error_event(error if isinstance(error, ApiError) else ApiError(500, str(error)))
+        except ApiError as error:
+            facts["error"] = error.code or "failed"
+            yield error_event(error)
         finally:
             facts["tokens"] = sum(counts)
             self.metrics.add("completion_tokens_total", facts["tokens"])
@@ -172,7 +171,7 @@ async def _updates(job: Job, mailbox: Mailbox) -> AsyncIterator[list[Update]]:
     while left:
         items = await mailbox.take()
         for item in items:
-            if isinstance(item, CobraError):
+            if isinstance(item, ApiError):
                 raise item
         updates = [item for item in items if isinstance(item, Update)]
         left -= sum(update.finish is not None for update in updates)

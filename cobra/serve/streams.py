@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from cobra.errors import CobraError
+from cobra.serve.errors import ApiError
 from cobra.serve.worker import Update
 
 
@@ -17,15 +17,15 @@ class Mailbox:
     pieces."""
 
     def __init__(self) -> None:
-        self._items: list[Update | CobraError] = []
+        self._items: list[Update | ApiError] = []
         self._has_some = asyncio.Event()
 
-    def put(self, item: Update | CobraError) -> None:
+    def put(self, item: Update | ApiError) -> None:
         """Add something; in the event loop's thread."""
         self._items.append(item)
         self._has_some.set()
 
-    async def take(self) -> list[Update | CobraError]:
+    async def take(self) -> list[Update | ApiError]:
         """Wait until there is something, and return all."""
         await self._has_some.wait()
         self._has_some.clear()

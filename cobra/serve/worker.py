@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from cobra.api import Cobra, Pixels
-from cobra.errors import CobraError, NumericsError
+from cobra.errors import CobraError
 from cobra.generation.engine import prefill
 from cobra.generation.sampling import Sampling
 from cobra.generation.scheduler import Event, Request, Scheduler
@@ -60,7 +60,7 @@ class Job:
     is_streamed: bool = False
 
 
-Delivery = list[tuple[Job, Update | CobraError]]
+Delivery = list[tuple[Job, Update | ApiError]]
 
 
 @dataclass(eq=False)
@@ -163,17 +163,23 @@ class Worker:
             del self._answers[ticket]
 
     def _read(self) -> None:
-        """Go on with the jobs whose prompts are read; running answers wait meanwhile, so only with a few pieces."""
-        for reading in [reading for reading in self._reading if len(reading.left) == 1]:
+        """Go on with the prompts of the first jobs; running answers wait meanwhile, so only with a few pieces.
+
+        Jobs without room in the batch wait unread, as what has been read of an image is many times larger than it.
+        """
+        ready = [reading for reading in self._reading if len(reading.left) == 1]
+        for reading in ready[: self._room()]:
             self._reading.remove(reading)
             self._guarded([reading], lambda reading=reading: self._add(reading))
-        fresh = [reading for reading in self._reading if reading.state is None and isinstance(reading.left[0], Pixels)]
+        waiting = [reading for reading in self._reading if len(reading.left) > 1][: min(self._room(), IMAGES_AT_ONCE)]
+        fresh = [reading for reading in waiting if reading.state is None and isinstance(reading.left[0], Pixels)]
         if fresh:
-            batch = fresh[:IMAGES_AT_ONCE]
-            self._guarded(batch, lambda: self._read_first_images(batch))
-        elif self._reading:
-            reading = self._reading[0]
-            self._guarded([reading], lambda: self._read_piece(reading))
+            self._guarded(fresh, lambda: self._read_first_images(fresh))
+        elif waiting:
+            self._guarded(waiting[:1], lambda: self._read_piece(waiting[0]))
+
+    def _room(self) -> int:
+        return max(0, self._max_rows - len(self._scheduler))
 
     def _guarded(self, readings: Sequence[_Reading], work: Callable[[], None]) -> None:
         """Do something for jobs; an error ends them and no others."""
@@ -237,7 +243,7 @@ class Worker:
             del self._answers[event.ticket]
         if event.finish == "error":
             self._forget(answer.job)
-            return [(answer.job, NumericsError("The model's output is NaN or infinite; check its weights and dtype."))]
+            return [(answer.job, ApiError(500, "The model's output is NaN or infinite; check its weights and dtype."))]
         if event.finish is None and not answer.job.is_streamed:
             return []
         update = answer.update(event.finish)
@@ -246,5 +252,5 @@ class Worker:
     def _fail(self, jobs: Iterable[Job], error: Exception) -> None:
         if not isinstance(error, CobraError):
             log.error("A request failed in the model.", exc_info=error)
-            error = ApiError(500, "The model failed on this request; the server's log has the reason.")
-        self._deliver([(job, error) for job in jobs])
+        reason = str(error) if isinstance(error, CobraError) else "The model failed; the server's log has the reason."
+        self._deliver([(job, ApiError(500, reason)) for job in jobs])
