@@ -91,7 +91,7 @@ def _interface(service: Service) -> APIRouter:
 def _key_check(api_key: str | None) -> Any:
     """Return what refuses requests without the key; how long it takes says nothing about the key."""
 
-    def check(request: Request) -> None:
+    async def check(request: Request) -> None:  # async, or it would be carried out in a thread
         sent = request.headers.get("authorization", "")
         if api_key is not None and not hmac.compare_digest(sent.encode(), f"Bearer {api_key}".encode()):
             raise ApiError(
