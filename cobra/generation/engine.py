@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from cobra.errors import ConfigError, NumericsError
-from cobra.generation.rows import Request, Running, next_logits, one_step
+from cobra.generation.graph import lent_stepper
+from cobra.generation.rows import Request, Running, next_logits
 from cobra.generation.sampling import Sampling
 from cobra.models.mamba import MambaLM
 from cobra.models.state import MambaState
@@ -46,6 +47,15 @@ def prefill(
     else:
         last, after = _read_in_chunks(llm, prompts, state, chunk)
     return next_logits(llm, last), after
+
+
+def start_state(llm: MambaLM) -> MambaState:
+    """Return the state before any token, one row: the same as none."""
+    config, weight = llm.config, llm.backbone.embedding.weight
+    conv = weight.new_zeros(1, config.d_conv - 1, config.d_inner)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    ssm = weight.new_zeros(1, config.d_inner, config.d_state, dtype=dtype)
+    return MambaState([conv] * config.num_layers, [ssm] * config.num_layers)
 
 
 def _read_in_chunks(
@@ -89,8 +99,10 @@ def decode(
     end_id: int,
     sampling: Sampling,
     is_over: Callable[[int, int], bool] | None = None,
-) -> Iterator[list[tuple[int, int]]]:
-    """Continue prompts; yield the (row, token id) pairs of each step.
+) -> Generator[list[tuple[int, int]]]:
+    """Continue prompts; yield (row, token id) pairs, a row's in order: those of each step, or of several on a GPU.
+
+    Closing the iterator ends the work.
 
     Args:
         prompts, state: as in `prefill`.
@@ -116,20 +128,22 @@ def decode(
         for row, prompt in enumerate(prompts)
     ]
 
-    def steps() -> Iterator[list[tuple[int, int]]]:
-        running, counts = Running(llm, end_id, one_step), Counter[int]()
-        with torch.inference_mode():  # not across a yield: the caller's code runs there
-            events = running.begin(list(enumerate(requests)), *prefill(llm, prompts, state))
-        while events:
-            for event in events:
-                if event.finish == "error":
-                    raise _not_finite(llm, f"token {counts[event.ticket] + 1} of answer {event.ticket}")
-                counts[event.ticket] += 1
-            pairs = [(event.ticket, event.token) for event in events if event.token is not None]
-            if pairs:
-                yield pairs
-            with torch.inference_mode():
-                events = running.advance()
+    def steps() -> Generator[list[tuple[int, int]]]:
+        counts = Counter[int]()
+        with lent_stepper(llm) as stepper:
+            running = Running(llm, end_id, stepper)
+            with torch.inference_mode():  # not across a yield: the caller's code runs there
+                events = running.begin(list(enumerate(requests)), *prefill(llm, prompts, state))
+            while events:
+                for event in events:
+                    if event.finish == "error":
+                        raise _not_finite(llm, f"token {counts[event.ticket] + 1} of answer {event.ticket}")
+                    counts[event.ticket] += 1
+                pairs = [(event.ticket, event.token) for event in events if event.token is not None]
+                if pairs:
+                    yield pairs
+                with torch.inference_mode():
+                    events = running.advance()
 
     return steps()
 

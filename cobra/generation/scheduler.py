@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from cobra.errors import ConfigError, ShapeError
-from cobra.generation.engine import check_ids, read
-from cobra.generation.rows import Event, Request, Running, next_logits, one_step
+from cobra.generation.engine import check_ids, read, start_state
+from cobra.generation.graph import new_stepper
+from cobra.generation.rows import Event, Request, Running, next_logits
 from cobra.models.mamba import MambaLM
 from cobra.models.state import MambaState
 
@@ -64,7 +65,7 @@ class Scheduler:
         self._start = start_state(llm)
         self._waiting: deque[tuple[int, Request]] = deque()
         self._reading: deque[_Reading] = deque()
-        self._running = Running(llm, end_id, one_step)
+        self._running = Running(llm, end_id, new_stepper(llm))
 
     def __len__(self) -> int:
         """Count the answers that wait, are read, or are generated."""
@@ -143,12 +144,3 @@ class Scheduler:
             hidden, after = hidden[torch.tensor(done).to(hidden.device)], after[list(done)]
         requests = [(group[row].ticket, group[row].request) for row in done]
         return self._running.begin(requests, next_logits(self._llm, hidden), after)
-
-
-def start_state(llm: MambaLM) -> MambaState:
-    """Return the state before any token, one row: the same as none."""
-    config, weight = llm.config, llm.backbone.embedding.weight
-    conv = weight.new_zeros(1, config.d_conv - 1, config.d_inner)
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    ssm = weight.new_zeros(1, config.d_inner, config.d_state, dtype=dtype)
-    return MambaState([conv] * config.num_layers, [ssm] * config.num_layers)

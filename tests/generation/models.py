@@ -11,22 +11,26 @@ from cobra.config import LLMConfig
 from cobra.models.mamba import MambaLM
 from cobra.models.state import MambaState
 
-VOCAB, PADDED = 101, 104
+VOCAB = 101
 NO_END = -5  # an end token that is never chosen
 
 
 def make_lm() -> MambaLM:
-    """A model in which every parameter matters; its head is not tied, as a random tied model repeats what it reads."""
-    config = LLMConfig(d_model=32, num_layers=2, vocab_size=VOCAB, tokenizer="", prompt="mamba")
-    lm = MambaLM(config)
-    generator = torch.Generator().manual_seed(0)
-    lm.init_weights(generator)
-    with torch.no_grad():
-        for name, parameter in lm.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter += (0.1 if parameter.ndim == 1 or name.endswith("A_log") else 0.15) * noise
-        lm.lm_head.weight = torch.nn.Parameter(torch.randn(PADDED, 32, generator=generator))
-    return lm.double().requires_grad_(False)
+    """A small model of random weights in float64."""
+    lm = MambaLM(LLMConfig(d_model=32, num_layers=2, vocab_size=VOCAB, tokenizer="", prompt="mamba"))
+    lm.init_weights(torch.Generator().manual_seed(0))
+    return shaken(lm).double().requires_grad_(False)
+
+
+@torch.no_grad()
+def shaken(lm: MambaLM) -> MambaLM:
+    """Let every parameter matter; and untie the head, as a random tied model repeats what it reads."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in lm.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter += (0.1 if parameter.ndim == 1 or name.endswith("A_log") else 0.15) * noise
+    lm.lm_head.weight = torch.nn.Parameter(torch.randn(lm.lm_head.weight.shape, generator=generator))
+    return lm
 
 
 def make_prompts(*lengths: int) -> list[list[int]]:
