@@ -13,24 +13,26 @@ import torch
 from torch import Tensor
 
 from .dispatch import fused_implementation
+from .quantized import QuantizedWeight
 
 
 class BlockWeights(NamedTuple):
     """The parameters of one block, with width D, inner width E, N states, rank R and K taps.
 
-    The four projections share one dtype, norm and convolution another; the rest is float32.
+    The four projections share one dtype, norm and convolution another; the rest is float32. All of the three large
+    projections may be quantised instead, each with bits of its own.
     """
 
     norm: Tensor  # [D]
-    in_proj: Tensor  # [2 E, D]
+    in_proj: Tensor | QuantizedWeight  # [2 E, D]
     conv_weight: Tensor  # [E, K] or [E, 1, K]
     conv_bias: Tensor  # [E]
-    x_proj: Tensor  # [R + 2 N, E]
+    x_proj: Tensor | QuantizedWeight  # [R + 2 N, E]
     dt_proj: Tensor  # [E, R]
     dt_bias: Tensor  # [E]
     A_log: Tensor  # [E, N]
     D: Tensor  # [E]
-    out_proj: Tensor  # [D, E]
+    out_proj: Tensor | QuantizedWeight  # [D, E]
 
 
 def _is_plain_inference() -> bool:
@@ -60,7 +62,7 @@ def stack_step(
     return None if kernel is None else kernel(layers, hidden, conv_states, ssm_states, eps)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor | None:
+def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor | None:
     """Multiply a few rows with a large matrix at the speed at which it can be read, in float32.
 
     Args:
