@@ -23,6 +23,7 @@ class ServeConfig:
     cors_origins: list[str] = field(default_factory=list[str])  # web pages that may ask, such as "https://example.org"
     device: str = "auto"
     dtype: str = "float32"
+    quantize: str | None = None  # "int8" | "int4": weights of fewer bits, as cobra.load takes them
     ops: str = "auto"  # as parallel.ops
     vision: Any = None  # a mapping or a YAML file, as cobra.load takes them
     llm: Any = None
@@ -49,6 +50,8 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        if self.quantize is not None:
+            one_of("quantize", self.quantize, ("int8", "int4"))
         not_negative("temperature", self.temperature)
         if not 0 <= self.port < 2**16:
             raise ConfigError(f"port={self.port} must be from 0, which is any free one, to 65535.")

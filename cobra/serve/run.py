@@ -32,7 +32,14 @@ def serve(config: ServeConfig) -> None:
         CheckpointError: the model is missing or damaged.
     """
     with listen(config) as listener, use_backend(config.ops):
-        vlm = cobra.load(config.load, device=config.device, dtype=config.dtype, vision=config.vision, llm=config.llm)
+        vlm = cobra.load(
+            config.load,
+            device=config.device,
+            dtype=config.dtype,
+            quantize=config.quantize,
+            vision=config.vision,
+            llm=config.llm,
+        )
         warm_up(vlm)
         service = Service(vlm, config)
         Server(service).run([listener])

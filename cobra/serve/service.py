@@ -22,6 +22,8 @@ from cobra.serve.worker import Delivery, Job, Update, Worker
 
 T = TypeVar("T")
 
+_LAST_READ = 10  # seconds that a client has to read the end of a stream
+
 
 class Service:
     """Answers requests; lives in one event loop, beside the worker's thread."""
@@ -77,7 +79,7 @@ class Service:
             self.metrics.add("images_total", facts["images"])
             if job.is_streamed:
                 events = self._events(completion, order, mailbox, facts)
-                return EventStream(events, on_end=stack.pop_all().close)
+                return EventStream(events, seconds=self.config.timeout + _LAST_READ, on_end=stack.pop_all().close)
             answers = await _unless_gone(request, _collect(job, mailbox))
             facts["tokens"] = sum(answer.num_tokens for answer in answers)
             self.metrics.add("completion_tokens_total", facts["tokens"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -38,17 +39,21 @@ class EventStream(StreamingResponse):
 
     Args:
         events: the events.
+        seconds: after which the connection is given up; the events have ended by then, unless the client keeps it open
+            without reading.
         on_end: called when the stream is over, whether or not it was ever read, or the client has gone.
     """
 
-    def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncIterator[bytes], *, seconds: float, on_end: Callable[[], None]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the latter: proxies must not collect
         super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._seconds = seconds
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all."""
         try:
-            await super().__call__(scope, receive, send)
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(super().__call__(scope, receive, send), self._seconds)
         finally:
             self._on_end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gzip
 import io
@@ -13,7 +14,7 @@ import threading
 import time
 import urllib.request
 import zlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,6 +26,7 @@ import torch
 from PIL import Image
 
 from cobra.api import Cobra
+from cobra.serve.streams import EventStream
 from serve.conftest import Running, data_url
 from serve.test_chat_completions import ASK, ask, image_part, text, user
 
@@ -84,6 +86,19 @@ def test_client_that_leaves_frees_its_row(running: Running, streams: bool) -> No
         wait_until(lambda: len(running.service.worker._scheduler) == 2)
     wait_until(lambda: is_idle(running))
     assert running.service.worker._answers == {} and running.service._mailboxes == {}
+
+
+def test_client_that_never_reads_is_given_up() -> None:
+    async def forever(*_: object) -> Any:
+        await asyncio.Event().wait()
+
+    async def events() -> AsyncIterator[bytes]:
+        yield b"data: 1"
+
+    ended: list[bool] = []
+    stream = EventStream(events(), seconds=0.05, on_end=lambda: ended.append(True))
+    asyncio.run(stream({"type": "http", "asgi": {"spec_version": "2.3"}}, forever, forever))
+    assert ended == [True]
 
 
 def test_slow_answer_ends_with_an_error(serve) -> None:
