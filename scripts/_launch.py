@@ -37,6 +37,7 @@ _ALIASES = {
     "score": {"data_root": "paths.data"},
     "generate": {"model": "load"},
     "demo": {"model": "load"},
+    "serve": {"model": "load"},
     "prepare": {"data": "sets", "benchmark": "benchmarks", "data_root": "paths.data", "--dry-run": "dry_run=true"},
 }
 # Other spellings, understood and never shown.

@@ -31,6 +31,7 @@ from cobra.config.model import (
     TowerConfig,
     VisionConfig,
 )
+from cobra.config.serve import ServeConfig
 from cobra.config.train import (
     LORA_TARGETS,
     STAGES,
@@ -64,6 +65,7 @@ __all__ = [
     "ProjectorConfig",
     "RunConfig",
     "ScoreConfig",
+    "ServeConfig",
     "TowerConfig",
     "TrackerConfig",
     "TrainConfig",
