@@ -1,0 +1,210 @@
+"""The kernels that multiply a large matrix with a few vectors, reading it once; `matvec.py` says how they are used.
+
+A program has BLOCK_R rows of the matrix and one of `splits` pieces of its columns. Numbers are widened in registers and
+summed in float32. Two ways to sum:
+
+    `_vector_products`   products and sums in float32, for so few vectors that reading the matrix takes longer
+    `_tile_products`     on the tensor cores, which round: so a vector is the sum of two of the matrix's dtype, and a
+                         product is exact to 2^-16 in bfloat16, 2^-21 in float16
+
+The matrix may be of 8 or 4 bits a number (BITS; 16 stands for any floating point dtype), see `cobra.ops.quantized`: a
+loaded column of 4 bits holds two, `piece` 0 and 1 below, 32 columns apart. Scales of rows are applied to sums, those of
+4-bit groups to products: a tile for the tensor cores is one such group wide.
+"""
+# Triton compiles loops and constants that pyright takes for Python's.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportIndexIssue=false, reportArgumentType=false
+
+import triton
+import triton.language as tl
+
+from .functions import load, sigmoid
+
+
+@triton.jit
+def _column(loaded, piece: tl.constexpr, BITS: tl.constexpr):
+    """The column of the matrix that this piece of a loaded column holds."""
+    if BITS == 4:
+        return loaded // 32 * 64 + loaded % 32 + 32 * piece
+    else:  # noqa: RET505  Triton decides this at compile time and needs both branches
+        return loaded
+
+
+@triton.jit
+def _number(loaded, piece: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
+    """What a loaded number stands for, before its scale."""
+    if BITS == 4:
+        nibble = loaded & 15 if piece == 0 else loaded >> 4
+        return (nibble.to(tl.float32) - 8.0).to(dtype)
+    else:  # noqa: RET505
+        return loaded.to(tl.float32).to(dtype) if BITS == 8 else loaded.to(dtype)
+
+
+@triton.jit
+def _vector(x, residual, b, column, live, count, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+    """Numbers of vector b: the sum of its SPLITS partial sums in `x`, [SPLITS, ROWS, count], and of the residual."""
+    value = load(x + b * count + column, live, tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        value += load(x + (split * ROWS + b) * count + column, live, tl.float32)
+    if residual is not None:
+        value += load(residual + b * count + column, live, tl.float32)
+    return value
+
+
+@triton.jit
+def normalise(
+    x, residual, norm, total, normed, count,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add up a row's partial sums and its residual into `total`, and the RMSNorm of that; [ROWS, count] both."""
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    live = column < count
+    value = _vector(x, residual, row, column, live, count, ROWS, SPLITS)
+    tl.store(total + row * count + column, value, mask=live)
+    value *= 1.0 / tl.sqrt(tl.sum(value * value, 0) / count + EPS)
+    tl.store(normed + row * count + column, value * load(norm + column, live, tl.float32), mask=live)
+
+
+@triton.jit
+def _vector_products(
+    matrix, scales, row, inside, begin, end, stride, x, residual, norm, total, count,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr, EPS: tl.constexpr, BITS: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_R, BLOCK_B] products with all vectors; with `norm` they are normalised, see `project`."""
+    sums = ()
+    squares = ()
+    for _ in tl.static_range(ROWS):
+        sums = sums + (tl.zeros([BLOCK_R, BLOCK_K], tl.float32),)  # noqa: RUF005
+        squares = squares + (tl.zeros([BLOCK_K], tl.float32),)  # noqa: RUF005
+    for at in range(begin, end, BLOCK_K):
+        k = at + tl.arange(0, BLOCK_K)
+        mask = inside[:, None] & (k < end)[None, :]
+        loaded = tl.load(matrix + row[:, None] * stride + k[None, :], mask=mask, other=0, eviction_policy="evict_first")
+        if BITS == 4:
+            scale = tl.load(scales + row[:, None] * (stride // 32) + (k // 32)[None, :], mask=mask, other=0.0)
+        for piece in tl.static_range(2 if BITS == 4 else 1):
+            number = _number(loaded, piece, BITS, tl.float32)
+            if BITS == 4:
+                number *= scale
+            column = _column(k, piece, BITS)
+            live = (k < end) & (column < count)
+            weight = load(norm + column, live, tl.float32) if norm is not None else 1.0
+            new_sums = ()
+            new_squares = ()
+            for b in tl.static_range(ROWS):
+                value = _vector(x, residual, b, column, live, count, ROWS, SPLITS)
+                if norm is not None:
+                    # by one program each, in turns
+                    mine = at // BLOCK_K % tl.num_programs(0) == tl.program_id(0)
+                    tl.store(total + b * count + column, value, mask=column < tl.where(mine, count, 0))
+                    new_squares = new_squares + (squares[b] + value * value,)  # noqa: RUF005
+                    value *= weight
+                else:
+                    new_squares = new_squares + (squares[b],)  # noqa: RUF005
+                new_sums = new_sums + (sums[b] + number * value[None, :],)  # noqa: RUF005
+            sums = new_sums
+            squares = new_squares
+    out = tl.zeros([BLOCK_R, BLOCK_B], tl.float32)
+    for b in tl.static_range(ROWS):
+        found = tl.sum(sums[b], 1)
+        if norm is not None:
+            found *= 1.0 / tl.sqrt(tl.sum(squares[b], 0) / count + EPS)
+        out = tl.where(tl.arange(0, BLOCK_B)[None, :] == b, found[:, None], out)
+    return out
+
+
+@triton.jit
+def _tile_products(
+    matrix, scales, row, inside, begin, end, stride, x, count,
+    ROWS: tl.constexpr, BITS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_R, BLOCK_B] products with all vectors of `x`, [ROWS, count]."""
+    half: tl.constexpr = matrix.dtype.element_ty if BITS == 16 else tl.bfloat16
+    b = tl.arange(0, BLOCK_B)
+    sums = tl.zeros([BLOCK_R, BLOCK_B], tl.float32)
+    for at in range(begin, end, BLOCK_K):
+        k = at + tl.arange(0, BLOCK_K)
+        mask = inside[:, None] & (k < end)[None, :]
+        loaded = tl.load(matrix + row[:, None] * stride + k[None, :], mask=mask, other=0, eviction_policy="evict_first")
+        found = sums if BITS != 4 else tl.zeros([BLOCK_R, BLOCK_B], tl.float32)
+        for piece in tl.static_range(2 if BITS == 4 else 1):
+            number = _number(loaded, piece, BITS, half)
+            column = _column(k, piece, BITS)
+            live = ((k < end) & (column < count))[:, None] & (b < ROWS)[None, :]
+            value = load(x + b[None, :] * count + column[:, None], live, tl.float32)
+            high = value.to(half)
+            found = tl.dot(number, high, found)
+            found = tl.dot(number, (value - high.to(tl.float32)).to(half), found)
+        if BITS == 4:
+            scale = tl.load(scales + row * (stride // 32) + at // 32, mask=inside, other=0.0)
+            sums += found * scale[:, None]
+        else:
+            sums = found
+    return sums
+
+
+@triton.jit
+def _convolve(
+    newest, taps, bias, old, old_row, old_step, old_channel, new, new_row, new_step, new_channel,
+    channel, b, inside, mask, TAPS: tl.constexpr,
+):  # fmt: skip
+    """The causal convolution's output for the newest inputs, [BLOCK_R, BLOCK_B]; `new` may be `old`."""
+    value = load(bias + channel, inside, tl.float32)[:, None]
+    value += load(taps + channel * TAPS + TAPS - 1, inside, tl.float32)[:, None] * newest
+    before = ()
+    for step in tl.static_range(TAPS - 1):
+        at = old + b[None, :] * old_row + step * old_step + channel[:, None] * old_channel
+        before = before + (load(at, mask, tl.float32),)  # noqa: RUF005
+        value += load(taps + channel * TAPS + step, inside, tl.float32)[:, None] * before[step]
+    tl.debug_barrier()  # several threads may hold the same number: all have read it before one writes
+    at = new + b[None, :] * new_row + channel[:, None] * new_channel
+    for step in tl.static_range(TAPS - 2):
+        tl.store(at + step * new_step, before[step + 1], mask=mask)
+    if TAPS > 1:
+        tl.store(at + (TAPS - 2) * new_step, newest, mask=mask)
+    return value * sigmoid(value)
+
+
+@triton.jit
+def project(
+    matrix, scales, x, residual, norm, total, taps, bias, old, old_row, old_step, old_channel,
+    new, new_row, new_step, new_channel, out, rows, count, width, span,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, BITS: tl.constexpr,
+    TAPS: tl.constexpr, IN_TILES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Products of a matrix [PARTS rows, count], stored `width` numbers or bytes wide, with ROWS vectors.
+
+    out: [splits, PARTS, ROWS, rows], a sum for each `span` columns. With `norm` the vectors are normalised after the
+    residual has been added; `total` gets the sum. With `taps` the products of the first part go through the causal
+    convolution and its SiLU; `old` and `new` are its states, [ROWS, TAPS - 1, rows], of any strides.
+    """
+    blocks = tl.cdiv(rows, BLOCK_R)
+    program = tl.program_id(0)
+    part = program // blocks % PARTS
+    split = program // (blocks * PARTS)
+    channel = program % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = channel < rows
+    row = (part * rows + channel).to(tl.int64)
+    begin = split * span
+    end = tl.minimum(begin + span, width)
+    b = tl.arange(0, BLOCK_B)
+    if IN_TILES:
+        value = _tile_products(
+            matrix, scales, row, inside, begin, end, width, x, count, ROWS, BITS, BLOCK_B, BLOCK_R, BLOCK_K
+        )
+    else:
+        value = _vector_products(
+            matrix, scales, row, inside, begin, end, width, x, residual, norm, total, count,
+            ROWS, SPLITS, EPS, BITS, BLOCK_B, BLOCK_R, BLOCK_K,
+        )  # fmt: skip
+    if BITS == 8:
+        value *= load(scales + row, inside, tl.float32)[:, None]
+    mask = inside[:, None] & (b < ROWS)[None, :]
+    if taps is not None and part == 0:
+        value = _convolve(
+            value, taps, bias, old, old_row, old_step, old_channel, new, new_row, new_step, new_channel,
+            channel, b, inside, mask, TAPS,
+        )  # fmt: skip
+    at = ((split * PARTS + part) * ROWS + b).to(tl.int64)[None, :] * rows + channel[:, None]
+    tl.store(out + at, value, mask=mask)
