@@ -23,7 +23,7 @@ from .products import project
 
 VECTOR_ROWS = 4
 MAX_ROWS = 64
-PROGRAMS = 512  # about four on each of 132 multiprocessors
+PROGRAMS = 1024  # at most by splitting; five fit on each of 132 multiprocessors
 MAX_SPLITS = 16  # of the columns: whoever needs the product adds them up
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,11 +58,19 @@ def as_matrix(weight: Tensor | QuantizedWeight, rows: int, device: torch.device)
 def _blocks(matrix: Matrix, rows: int) -> dict[str, int | bool]:
     size = matrix.values.dtype.itemsize
     if rows > VECTOR_ROWS:
-        block_b, block_k = max(triton.next_power_of_2(rows), 16), 32 if matrix.bits == 4 else 128
-        return {"IN_TILES": True, "BLOCK_B": block_b, "BLOCK_R": 32, "BLOCK_K": block_k, "num_stages": 4}
-    block_r = (8 if size > 1 else 16) // (1 if rows <= 2 else 2)
+        # 64 x 64 becomes wgmma on Hopper, and keeps the vectors' tile in registers
+        block_r, block_k = (32, 128) if rows <= 16 else (64, 64)
+        block_k = 32 if matrix.bits == 4 else block_k
+        block_b = max(triton.next_power_of_2(rows), 16)
+        return {"IN_TILES": True, "BLOCK_B": block_b, "BLOCK_R": block_r, "BLOCK_K": block_k, "num_stages": 4}
+    block_r = min(16 // triton.next_power_of_2(rows), 8 if size > 1 else 16)
     block_k = 256 if matrix.bits == 4 else min(1024 // size, 512)
     return {"IN_TILES": False, "BLOCK_B": triton.next_power_of_2(rows), "BLOCK_R": block_r, "BLOCK_K": block_k}
+
+
+def _splits(chunks: int, most: int) -> int:
+    """Pieces of equal size, so that no program works longer than others."""
+    return max(n for n in range(1, max(min(chunks, most, MAX_SPLITS), 1) + 1) if chunks % n == 0)
 
 
 class Normalisation(NamedTuple):
@@ -99,9 +107,9 @@ def product(
     parts = 1 if convolution is None else 2
     out_rows, width = matrix.shape[0] // parts, matrix.values.shape[1]
     programs = parts * triton.cdiv(out_rows, blocks["BLOCK_R"])
-    splits = 1 if parts == 2 else min(PROGRAMS // programs, MAX_SPLITS, triton.cdiv(width, blocks["BLOCK_K"]))
-    span = triton.cdiv(triton.cdiv(width, max(splits, 1)), blocks["BLOCK_K"]) * blocks["BLOCK_K"]
-    splits = triton.cdiv(width, span)
+    chunks = triton.cdiv(width, blocks["BLOCK_K"])
+    splits = 1 if parts == 2 else _splits(chunks, PROGRAMS // programs)
+    span = chunks // splits * blocks["BLOCK_K"]
     out = torch.empty(splits * parts, rows, out_rows, device=x.device)
     residual, norm_weight, total, eps = norm or (None, None, None, 0.0)
     taps, bias, old, new = convolution or (None, None, None, None)
