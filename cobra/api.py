@@ -20,6 +20,7 @@ from cobra.generation.stopping import AnswerText, stop_strings
 from cobra.hub import open_image, upload_folder
 from cobra.loading import read_model, settings
 from cobra.models.export import check_replaceable, model_card
+from cobra.models.quantized import FORMATS, quantize_projections
 from cobra.models.state import MambaState, state_bytes
 from cobra.models.vlm import CobraVLM
 from cobra.models.weights import save_model_folder
@@ -85,6 +86,7 @@ class Cobra:
 
         Raises:
             CheckpointError: the folder exists and is not a model folder, or cannot be made.
+            ConfigError: the model is quantised.
         """
         if not isinstance(folder, (str, Path)):
             raise ConfigError(f"folder={folder!r} is no path; name the folder to write.")
@@ -229,7 +231,7 @@ class Cobra:
         A quarter of what the device has left beside the weights is for the rows' states, of which there are three at a
         time: the image's, the row's own, and the one after the next token.
         """
-        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        weights = sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
         free = total_memory(self.model.device) - weights
         rows = max(1, free // 4 // (3 * state_bytes(self.model.config.llm)))
         return min(MAX_BATCH_SIZE, 1 << (rows.bit_length() - 1))
@@ -313,6 +315,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "float32",
+    quantize: str | None = None,
     vision: Mapping[str, Any] | str | Path | None = None,
     llm: Mapping[str, Any] | str | Path | None = None,
 ) -> Cobra:
@@ -324,6 +327,9 @@ def load(
             folder that the environment variable COBRA_WEIGHTS names is searched before the Hub.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
         dtype: "float32" or "bfloat16", of the weights; the scan's own parameters and states stay float32.
+        quantize: "int8" or "int4", of the language model's projections and head, which are then smaller and faster to
+            read for every token: for answering only, neither to train nor to save. The rest keeps `dtype`. A scale for
+            every row (int8) or every 64 columns (int4). None: not at all.
         vision: settings of `cobra.config.VisionConfig` that replace what the model's own config says, as a mapping or a
             YAML file: for parts that its ids do not name, and for local weight files.
         llm: settings of `cobra.config.LLMConfig`, likewise.
@@ -333,11 +339,15 @@ def load(
         ConfigError: an argument, or a setting in one, is not known or has no effect.
     """
     one_of("dtype", dtype, ("float32", "bfloat16"))
+    if quantize is not None:
+        one_of("quantize", quantize, FORMATS)
     target = pick_device(device)
     model, tokenizer = read_model(
         name, settings(vision, "vision"), settings(llm, "llm"), device=target, dtype=getattr(torch, dtype)
     )
     model.requires_grad_(False)
+    if quantize is not None:
+        quantize_projections(model.llm, quantize)
     return Cobra(model, tokenizer, model.config.name)
 
 
