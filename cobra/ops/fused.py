@@ -56,29 +56,9 @@ def stack_step(
         eps: of the norms.
 
     Returns: output of the last block and the residual stream before it, [batch, D] both, for the final norm; the new
-        states, like the old ones; all float32. Or None, see the module.
+        states, like the old ones; all float32, but the conv states may keep a shorter dtype. Or None, see the module.
     """
     kernel = fused_implementation("stack_step", hidden) if _is_plain_inference(hidden) else None
-    return None if kernel is None else kernel(layers, hidden, conv_states, ssm_states, eps)
-
-
-def stack_step_(
-    layers: Sequence[BlockWeights],
-    hidden: Tensor,
-    conv_states: Sequence[Tensor],
-    ssm_states: Sequence[Tensor],
-    eps: float,
-) -> tuple[Tensor, Tensor] | None:
-    """`stack_step` that writes the new states over the old ones: for buffers that a CUDA graph reads and writes.
-
-    The states of many rows are as large as the weights, so a copy of them would count.
-
-    Args:
-        conv_states, ssm_states: as in `stack_step`, but of any floating point dtype, which they keep.
-
-    Returns: output of the last block and the residual stream before it. Or None, see the module.
-    """
-    kernel = fused_implementation("stack_step_", hidden) if _is_plain_inference(hidden) else None
     return None if kernel is None else kernel(layers, hidden, conv_states, ssm_states, eps)
 
 

@@ -100,7 +100,7 @@ def test_triton_linear_of_few_rows_is_the_product(scratch_of_nan, rows, shape, d
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (17, 1100)], ids=str)
-@pytest.mark.parametrize("rows", [5, 17, 64])
+@pytest.mark.parametrize("rows", [5, 64])
 def test_triton_linear_of_many_rows_is_the_product(scratch_of_nan, rows, shape, dtype):
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(rows, shape[1], generator=generator), torch.randn(shape, generator=generator).to(dtype)
@@ -112,7 +112,7 @@ def test_triton_linear_of_many_rows_is_the_product(scratch_of_nan, rows, shape, 
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("shape", [(7, 5), (3, 65), (17, 768)], ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 8, 33])
+@pytest.mark.parametrize("rows", [1, 3, 33])
 def test_triton_linear_of_quantised_weight_is_the_product(scratch_of_nan, rows, shape, bits):
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(rows, shape[1], generator=generator), torch.randn(shape, generator=generator)
@@ -146,14 +146,14 @@ def test_triton_stack_of_few_rows_matches_definition(scratch_of_nan, batch, dtyp
     assert_all_close(_actual(layers, *inputs), _expected(layers, *inputs), FEW_ROWS)
 
 
-@pytest.mark.parametrize(("batch", "dtype"), [(8, torch.bfloat16), (8, torch.float16), (64, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(("batch", "dtype"), [(8, torch.bfloat16), (8, torch.float16), (33, torch.bfloat16)], ids=str)
 def test_triton_stack_of_many_rows_matches_definition(scratch_of_nan, batch, dtype):
     layers = _layers(2, 6, 7, 3, 2, 4, dtype, dtype)
     inputs = _inputs(layers, batch)
     assert_all_close(_actual(layers, *inputs), _expected(layers, *inputs), MANY_ROWS[dtype])
 
 
-@pytest.mark.parametrize("sizes", [(40, 33, 16, 3, 3), (5, 7, 1, 1, 2), (20, 9, 5, 70, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [(19, 9, 16, 3, 3), (5, 7, 1, 1, 2), (8, 9, 5, 70, 1)], ids=str)
 @pytest.mark.parametrize("batch", [2, 6])
 def test_triton_stack_matches_definition_for_odd_sizes(scratch_of_nan, sizes, batch):
     layers = _layers(2, *sizes, torch.float16, torch.float32)
@@ -175,7 +175,7 @@ def test_triton_stack_adds_up_what_programs_share(scratch_of_nan, monkeypatch, b
     """Small blocks: every sum has several steps, and those of x_proj and out_proj several programs."""
     plain = matvec._blocks
     monkeypatch.setattr(matvec, "_blocks", lambda *given: plain(*given) | {"BLOCK_K": 32 if bits == 4 else 16})
-    layers = exact = _layers(2, 33, 35, 4, 3, 4, torch.bfloat16, torch.float32)
+    layers = exact = _layers(1, 33, 35, 4, 3, 4, torch.bfloat16, torch.float32)
     if bits < 16:
         layers, exact = _quantized(layers, bits)
     inputs = _inputs(layers, batch)
@@ -183,41 +183,24 @@ def test_triton_stack_adds_up_what_programs_share(scratch_of_nan, monkeypatch, b
     assert_all_close(_actual(layers, *inputs), _expected(exact, *inputs), tolerance)
 
 
-@pytest.mark.parametrize("strided", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_triton_stack_takes_states_of_any_strides_and_leaves_them(strided, dtype):
+@pytest.mark.parametrize(("strided", "dtype"), [(True, torch.float32), (False, torch.bfloat16)], ids=str)
+def test_triton_stack_takes_states_of_any_strides_and_leaves_its_inputs(strided, dtype):
     layers = _layers(2, *_SIZES, torch.float32, torch.float32)
     hidden, conv, ssm = _inputs(layers, 2, strided=strided)
-    conv = [t.to(dtype) for t in conv]
+    hidden = hidden.to(dtype)
     before = [t.clone() for t in (hidden, *conv, *ssm)]
     assert_all_close(_actual(layers, hidden, conv, ssm), _expected(layers, hidden, conv, ssm), FEW_ROWS)
     assert all(torch.equal(a, b) for a, b in zip(before, (hidden, *conv, *ssm), strict=True))
 
 
-@pytest.mark.parametrize("strided", [True, False])
-@pytest.mark.parametrize("batch", [2, 6])
-def test_triton_stack_in_place_computes_the_same(strided, batch):
-    layers = _layers(2, *_SIZES, torch.float16, torch.float32)
-    hidden, conv, ssm = _inputs(layers, batch, strided=strided)
-    expected = _actual(layers, hidden, conv, ssm)
-    conv, ssm = _on_device(conv), _on_device(ssm)
-    result = fused.stack_step_(_on_device(layers), _on_device(hidden), conv, ssm, EPS)
-    assert result is not None
-    actual = {"hidden": result[0], "residual": result[1]}
-    actual |= {f"conv {i}": t for i, t in enumerate(conv)} | {f"ssm {i}": t for i, t in enumerate(ssm)}
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, actual[name].cpu()), name
-
-
-def test_triton_stack_in_place_keeps_the_dtype_of_states():
+def test_triton_stack_keeps_the_dtype_of_conv_states():
     layers = _layers(1, *_SIZES, torch.bfloat16, torch.float32)
     hidden, conv, ssm = _inputs(layers, 1)
-    expected = _actual(layers, hidden, [t.bfloat16() for t in conv], ssm)
-    conv, ssm = [_on_device(conv[0].bfloat16())], _on_device(ssm)
-    assert fused.stack_step_(_on_device(layers), _on_device(hidden.bfloat16()), conv, ssm, EPS) is not None
-    assert conv[0].dtype == torch.bfloat16 and ssm[0].dtype == torch.float32
-    # inputs that are kept are rounded once, the newest too
-    assert torch.equal(conv[0][:, :-1].cpu(), expected["conv 0"][:, :-1].bfloat16())
+    full = _actual(layers, hidden, [conv[0].bfloat16().float()], ssm)
+    short = _actual(layers, hidden, [conv[0].bfloat16()], ssm)
+    assert short["conv 0"].dtype == torch.bfloat16
+    assert_all_close({n: t.float() for n, t in short.items()}, {**full, "conv 0": full["conv 0"].bfloat16()}, 1e-2)
+    assert all(torch.equal(full[name], short[name]) for name in full if name != "conv 0")
 
 
 def test_triton_kernels_refuse_what_they_do_not_take():
@@ -248,4 +231,4 @@ def test_triton_kernels_refuse_what_they_do_not_take():
     assert fused.linear(x[:, :5], few) is None
     assert fused.linear(x, QuantizedWeight(few.values.t().contiguous().t(), few.scales, 8, few.shape)) is None
     with torch.enable_grad():
-        assert fused.linear(x[:4], single) is None and fused.stack_step_(layers, hidden, conv, ssm, EPS) is None
+        assert fused.linear(x[:4], single) is None and fused.stack_step(layers, hidden, conv, ssm, EPS) is None

@@ -22,7 +22,6 @@ _MODULES = {
     "causal_conv1d_update": "conv",
     "add_rms_norm": "norm",
     "stack_step": "step",
-    "stack_step_": "step",
     "linear": "matvec",
 }
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from cobra.ops.quantized import QuantizedWeight
 
 from .launch import launch
-from .products import project
+from .step_kernels import project
 
 VECTOR_ROWS = 4
 MAX_ROWS = 64
@@ -83,7 +83,7 @@ class Normalisation(NamedTuple):
 
 
 class Convolution(NamedTuple):
-    """What to do with the first half of the products; `new` may be `old`."""
+    """What to do with the first half of the products; states [rows, taps - 1, out / 2] of any strides."""
 
     weight: Tensor
     bias: Tensor

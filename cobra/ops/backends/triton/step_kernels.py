@@ -1,7 +1,7 @@
-"""The kernels that multiply a large matrix with a few vectors, reading it once; `matvec.py` says how they are used.
+"""The kernels of a step; `matvec.py` says how products are cut into programs, `step.py` how the kernels fit together.
 
-A program has BLOCK_R rows of the matrix and one of `splits` pieces of its columns. Numbers are widened in registers and
-summed in float32. Two ways to sum:
+A program of `project` has BLOCK_R rows of the matrix and one of `splits` pieces of its columns. Numbers are widened in
+registers and summed in float32. Two ways to sum:
 
     `_vector_products`   products and sums in float32, for so few vectors that reading the matrix takes longer
     `_tile_products`     on the tensor cores, which round: so a vector is the sum of two of the matrix's dtype, and a
@@ -13,11 +13,12 @@ loaded column of 4 bits holds two, `piece` 0 and 1 below, 32 columns apart. Scal
 """
 # Triton compiles loops and constants that pyright takes for Python's.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportAssignmentType=false
 
 import triton
 import triton.language as tl
 
-from .functions import load, sigmoid
+from .functions import load, sigmoid, softplus
 
 
 @triton.jit
@@ -102,9 +103,7 @@ def _vector_products(
     for at in range(begin, end, BLOCK_K):
         k = at + tl.arange(0, BLOCK_K)
         mask = inside[:, None] & (k < end)[None, :]
-        loaded = tl.load(
-            matrix + row[:, None] * stride + k[None, :], mask=mask, other=0, eviction_policy="evict_first"
-        )
+        loaded = tl.load(matrix + row[:, None] * stride + k[None, :], mask=mask, other=0, eviction_policy="evict_first")
         mine = at // BLOCK_K % tl.num_programs(0) == tl.program_id(0)  # programs take turns in writing `total`
         column = _column(k, 0, BITS)
         live = (k < end) & (column < count)
@@ -182,7 +181,7 @@ def _convolve(
     newest, taps, bias, old, old_row, old_step, old_channel, new, new_row, new_step, new_channel,
     channel, b, inside, mask, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """The causal convolution's output for the newest inputs, [BLOCK_R, BLOCK_B]; `new` may be `old`."""
+    """The causal convolution's output for the newest inputs, [BLOCK_R, BLOCK_B]."""
     value = load(bias + channel, inside, tl.float32)[:, None]
     value += load(taps + channel * TAPS + TAPS - 1, inside, tl.float32)[:, None] * newest
     before = ()
@@ -190,7 +189,6 @@ def _convolve(
         at = old + b[None, :] * old_row + step * old_step + channel[:, None] * old_channel
         before = before + (load(at, mask, tl.float32),)  # noqa: RUF005
         value += load(taps + channel * TAPS + step, inside, tl.float32)[:, None] * before[step]
-    tl.debug_barrier()  # several threads may hold the same number: all have read it before one writes
     at = new + b[None, :] * new_row + channel[:, None] * new_channel
     for step in tl.static_range(TAPS - 2):
         tl.store(at + step * new_step, before[step + 1], mask=mask)
@@ -241,3 +239,45 @@ def project(
         )  # fmt: skip
     at = ((split * PARTS + part) * ROWS + b).to(tl.int64)[None, :] * rows + channel[:, None]
     tl.store(out + at, value, mask=mask)
+
+
+@triton.jit
+def recur(
+    selected, xz, dt_proj, dt_bias, A_log, D, old, old_row, old_channel, old_state, new, new_row, new_channel,
+    new_state, y, dim, group,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr, STATE: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
+    R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One step of the recurrence for BLOCK_D channels of `group` rows; states [ROWS, dim, STATE] of any strides.
+
+    selected: [SPLITS, ROWS, RANK + 2 STATE], partial sums. xz: [2, ROWS, dim], input and gate. y: [ROWS, dim].
+    """
+    blocks = tl.cdiv(dim, BLOCK_D)
+    channel = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    first = tl.program_id(0) // blocks * group
+    n, r = tl.arange(0, N), tl.arange(0, R)
+    inside = channel < dim
+    in_tile = (n < STATE)[:, None] & inside[None, :]
+    to_step = load(dt_proj + channel[:, None] * RANK + r[None, :], inside[:, None] & (r < RANK)[None, :], tl.float32)
+    a = -tl.exp(load(A_log + channel[None, :] * STATE + n[:, None], in_tile, tl.float32))
+    shift = load(dt_bias + channel, inside, tl.float32)
+    skip = load(D + channel, inside, tl.float32)
+    old += channel[None, :] * old_channel + n[:, None] * old_state
+    new += channel[None, :] * new_channel + n[:, None] * new_state
+    for row in range(first, tl.minimum(first + group, ROWS)):
+        h = load(old + row * old_row, in_tile, tl.float32)
+        low = tl.zeros([R], tl.float32)
+        b = tl.zeros([N], tl.float32)
+        c = tl.zeros([N], tl.float32)
+        for split in tl.static_range(SPLITS):
+            at = selected + (split * ROWS + row) * (RANK + 2 * STATE)
+            low += load(at + r, r < RANK, tl.float32)
+            b += load(at + RANK + n, n < STATE, tl.float32)
+            c += load(at + RANK + STATE + n, n < STATE, tl.float32)
+        dt = softplus(tl.sum(to_step * low[None, :], 1) + shift)
+        u = load(xz + row * dim + channel, inside, tl.float32)
+        gate = load(xz + (ROWS + row) * dim + channel, inside, tl.float32)
+        h = tl.exp(dt[None, :] * a) * h + (dt * u)[None, :] * b[:, None]
+        tl.store(new + row * new_row, h, mask=in_tile)
+        out = tl.sum(h * c[:, None], 0) + skip * u
+        tl.store(y + row * dim + channel, out * gate * sigmoid(gate), mask=inside)
