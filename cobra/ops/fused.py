@@ -1,6 +1,6 @@
 """Whole steps of a Mamba in one kernel, which some backends have on top of the five operations.
 
-Both functions return None, and have done nothing, where no such kernel fits: then the caller takes the ordinary path,
+All functions return None, and have done nothing, where no such kernel fits: then the caller takes the ordinary path,
 which computes the same. They read weights directly: whoever calls them makes sure that no hook, adapter or sharding
 stands between a module and its weight. What watches all modules or all operations, such as a counter of FLOPs, sees
 nothing of them; `use_backend("reference")` takes the ordinary path.
@@ -35,9 +35,9 @@ class BlockWeights(NamedTuple):
     out_proj: Tensor | QuantizedWeight  # [D, E]
 
 
-def _is_plain_inference() -> bool:
+def _is_plain_inference(main: Tensor) -> bool:
     is_eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    return is_eager and not torch.is_autocast_enabled("cpu")
+    return is_eager and not torch.is_autocast_enabled(main.device.type)
 
 
 def stack_step(
@@ -56,9 +56,9 @@ def stack_step(
         eps: of the norms.
 
     Returns: output of the last block and the residual stream before it, [batch, D] both, for the final norm; the new
-        states, like the old ones; all float32. Or None, see the module.
+        states, like the old ones; all float32, but the conv states may keep a shorter dtype. Or None, see the module.
     """
-    kernel = fused_implementation("stack_step", hidden) if _is_plain_inference() else None
+    kernel = fused_implementation("stack_step", hidden) if _is_plain_inference(hidden) else None
     return None if kernel is None else kernel(layers, hidden, conv_states, ssm_states, eps)
 
 
@@ -71,5 +71,5 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor | None:
 
     Returns: x times weight transposed, [rows, out], float32. Or None, see the module.
     """
-    kernel = fused_implementation("linear", x) if _is_plain_inference() else None
+    kernel = fused_implementation("linear", x) if _is_plain_inference(x) else None
     return None if kernel is None else kernel(x, weight)
