@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,12 +117,14 @@ class _Tabs:
                 reset = gr.Button("Reset", scale=1, min_width=80)
             speed = gr.Markdown(elem_classes="speed")
 
-        def answer(visit: Visit, image: Image.Image | None, text: str, *settings: Any) -> Iterator[tuple[Any, ...]]:
+        def answer(visit: Visit, image: Image.Image | None, text: str, *settings: Any) -> Iterator[Any]:
             typed: Any = ""  # taken away once: what is typed during an answer stays
-            with _errors_on_the_page():
+            try:
                 for turns, rate in self._asker.stream(visit, image, text, *settings):
                     yield _messages(turns), typed, rate
                     typed = gr.skip()
+            except CobraError as error:
+                yield _say(error)
 
         def forget(visit: Visit) -> tuple[list[Any], str]:
             visit.chat = None
@@ -151,8 +152,10 @@ class _Tabs:
             _asked_as(self._asker.prompts.short)
 
         def run(*values: Any) -> tuple[str, str]:
-            with _errors_on_the_page():
+            try:
                 return self._asker.short(*values)
+            except CobraError as error:
+                return _say(error)
 
         gr.on(
             [ask.click, question.submit],
@@ -175,8 +178,10 @@ class _Tabs:
             _asked_as(self._asker.prompts.judge)
 
         def run(*values: Any) -> dict[str, float]:
-            with _errors_on_the_page():
+            try:
                 return self._asker.judge(*values)
+            except CobraError as error:
+                return _say(error)
 
         gr.on([ask.click, statement.submit], run, [*self._shown, statement, pair], bars, api_name="judge")
 
@@ -191,8 +196,10 @@ class _Tabs:
             _asked_as(self._asker.prompts.box)
 
         def run(visit: Visit, image: Image.Image | None, *values: Any) -> tuple[Image.Image | None, str, str]:
-            with _errors_on_the_page():
+            try:
                 box, text, rate = self._asker.find(visit, image, *values)
+            except CobraError as error:
+                return _say(error)
             if box is None or image is None:
                 return image, f"{text}  (this is no box)", rate
             return draw_box(image, box), text, rate
@@ -238,12 +245,11 @@ def _messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
     ]
 
 
-@contextmanager
-def _errors_on_the_page() -> Generator[None, None, None]:
-    try:
-        yield
-    except CobraError as error:
-        raise _gradio().Error(str(error), title="This did not work", print_exception=False) from None
+def _say(error: CobraError) -> Any:
+    """Show an error above the page, which stays as it is: Gradio's own errors would cover the conversation."""
+    gr = _gradio()
+    gr.Warning(str(error))
+    return gr.skip()
 
 
 def _gradio() -> Any:

@@ -226,6 +226,7 @@ def test_page_in_a_browser(address: str, browser: Any, small_data) -> None:
     page.get_by_text("%").first.wait_for()
     ask(page, "A statement", " ")
     page.get_by_text("Type something first").wait_for()
+    assert page.get_by_text("%").count() > 0  # an error leaves the page as it is
     page.get_by_role("tab", name="Chat").click()
     page.get_by_role("button", name="Reset").click()
     page.wait_for_function("document.querySelectorAll('[data-testid=bot]').length == 0")
