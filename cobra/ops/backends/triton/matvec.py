@@ -11,8 +11,9 @@ How many vectors, by arithmetic for an H200, whose multiprocessors get 21 bytes 
                which would be widened in memory, at 5 bytes moved per number: these are taken up to `MAX_ROWS`.
                Numbers of 4 bytes have no tensor core that is as exact
 
-For sm_80 and sm_90 the compiler makes 16-byte loads of the blocks chosen here (8 bytes for quantised weights in tiles),
-and spills no registers. `PROGRAMS` is an estimate of what fills the GPU. Speed on a GPU has not been measured yet: `benchmarks/ops.py --only step`.
+For sm_80 and sm_90 the compiler makes 16-byte loads of the blocks chosen here (8 bytes for quantised weights in
+tiles), and spills no registers. `PROGRAMS` is an estimate of what fills the GPU. Speed on a GPU has not been measured
+yet: `benchmarks/ops.py --only step`.
 """
 
 from typing import NamedTuple
