@@ -1,13 +1,19 @@
 """Products of a large matrix with a few vectors: the matrix is read once, in 16-byte loads, and widened in registers.
 
-How many vectors: a multiprocessor of an H200 gets 21 bytes of the matrix per cycle and does 128 float32 products, so
-numbers of 2, 1 and 0.5 bytes leave time for 12, 6 and 3 vectors; registers for the sums end at `VECTOR_ROWS`. Beyond,
-tensor cores take tiles of 16 vectors or more, each vector as two of half the precision. They do about 1,300 products
-per cycle (mma, not wgmma): 2 times 64 vectors on 10 numbers of 2 bytes come to that, so `MAX_ROWS` is where the matrix
-stops being the bottleneck and a library's blocked product should win. Products in float32 have no tensor core.
+How many vectors, by arithmetic for an H200, whose multiprocessors get 21 bytes of the matrix per cycle each:
 
-Block sizes are what the compiler turns into 16-byte loads without spilling registers (sm_80, sm_90), and `PROGRAMS` is
-an estimate of what fills the GPU. Speed on a GPU has not been measured yet: `benchmarks/ops.py --only step`.
+    float32    128 products per cycle: time for 12 vectors with numbers of 2 bytes, 6 with 1; registers end at
+               `VECTOR_ROWS`. A number of 4 bits costs 7 instructions, where there is time for 3: so few bits save
+               memory, but less time than 8 bits
+    tensor     about 1,300 products per cycle (mma): enough for 64 vectors, each as two of half the precision. But a
+    cores      tile of 64 rows reads all vectors again, from the cache: beyond `TILE_ROWS` that takes longer than the
+               matrix from memory, and a library with larger tiles should win. It has none for quantised weights,
+               which would be widened in memory, at 5 bytes moved per number: these are taken up to `MAX_ROWS`.
+               Numbers of 4 bytes have no tensor core that is as exact
+
+For sm_80 and sm_90 the compiler makes 16-byte loads of the blocks chosen here (8 bytes for quantised weights in
+tiles), and spills no registers. `PROGRAMS` is an estimate of what fills the GPU. Speed on a GPU has not been measured
+yet: `benchmarks/ops.py --only step`.
 """
 
 from typing import NamedTuple
@@ -22,6 +28,7 @@ from .launch import launch
 from .step_kernels import project
 
 VECTOR_ROWS = 4
+TILE_ROWS = 32
 MAX_ROWS = 64
 PROGRAMS = 1024  # at most by splitting; five fit on each of 132 multiprocessors
 MAX_SPLITS = 16  # of the columns: whoever needs the product adds them up
@@ -45,14 +52,14 @@ def is_plain(tensor: Tensor, device: torch.device) -> bool:
 def as_matrix(weight: Tensor | QuantizedWeight, rows: int, device: torch.device) -> Matrix | None:
     """None if there is no kernel for this weight and so many vectors."""
     if isinstance(weight, QuantizedWeight):
-        matrix = Matrix(weight.values, weight.scales, weight.bits, weight.shape)
-        fits = is_plain(weight.values, device) and is_plain(weight.scales, device)
-    else:
-        if weight.dim() != 2 or weight.dtype not in DTYPES:
-            return None
+        matrix, most = Matrix(weight.values, weight.scales, weight.bits, weight.shape), MAX_ROWS
+    elif weight.dim() == 2 and weight.dtype in DTYPES:
         matrix = Matrix(weight, None, 16, (weight.shape[0], weight.shape[1]))
-        fits = is_plain(weight, device) and (rows <= VECTOR_ROWS or weight.dtype != torch.float32)
-    return matrix if fits and 1 <= rows <= MAX_ROWS and matrix.values.numel() > 0 else None
+        most = VECTOR_ROWS if weight.dtype == torch.float32 else TILE_ROWS
+    else:
+        return None
+    fits = 1 <= rows <= most and all(is_plain(t, device) for t in matrix[:2] if t is not None)
+    return matrix if fits and matrix.values.numel() > 0 else None
 
 
 def _blocks(matrix: Matrix, rows: int) -> dict[str, int | bool]:
@@ -125,8 +132,9 @@ def product(
 def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor | None:
     """See `cobra.ops.fused.linear`.
 
-    Taken are floating point weights of 2 bytes and quantised ones up to `MAX_ROWS` rows, float32 up to `VECTOR_ROWS`;
-    weights that are contiguous plain tensors. None, without a result, for anything else, sizes that disagree included.
+    Taken are float32 weights up to `VECTOR_ROWS` rows, those of 2 bytes up to `TILE_ROWS`, quantised ones up to
+    `MAX_ROWS`; weights that are contiguous plain tensors. None, without a result, for anything else, sizes that
+    disagree included.
     """
     if x.dim() != 2 or x.dtype not in DTYPES or type(x) is not Tensor:
         return None

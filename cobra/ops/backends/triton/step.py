@@ -1,28 +1,30 @@
-"""One token through all blocks of a Mamba: four kernels per block, five for more than `VECTOR_ROWS` rows.
+"""One token through all blocks of a Mamba: four kernels per block, six for more than `VECTOR_ROWS` rows.
 
-    project      add, normalise, input projection, convolution (the first three rows of kernels in one; with many rows
-                 the norm is a kernel of its own, because every program would compute it again)
-    project      projection to step size, B and C: partial sums over the channels
+    project      add, normalise, input projection, convolution. With many rows the norm is a kernel of its own, because
+                 every program would compute it again
+    project      projection to step size, B and C: partial sums over the channels. With many rows a kernel adds them up
     recur        adds them up; step size, recurrence, skip and gate
     project      output projection, whose partial sums the next block adds up
 
 Two kernels cannot be one where every program of the second needs all of the first. The kernels neither look at values
 nor wait for the device, so a step can be captured in a CUDA graph; without one, starting 4 kernels per block takes
-longer than running them.
+longer than running them. New states are new tensors: writing them moves the same bytes as writing in place, and who
+keeps states at fixed addresses copies them once per run of steps.
 
-Bytes per block, D = 2560, E = 5120, N = 16, R = 160, 4 taps (Mamba-2.8B), weights of 2 bytes, in MB; "rest" is vectors,
-partial sums and what several programs read, nearly all of it from the L2 cache:
+MB per block, Mamba-2.8B, which the memory must move once, and what programs together read of vectors and partial sums,
+which the cache should give:
 
-    rows               1                        64
-               weights  states  rest    weights  states  rest
-    norm             -       -     -        0.0       -   2.6
-    project       52.6     0.1   0.0       52.6     7.9   5.9
-    project        2.0       -   0.1        2.0       -   2.1
-    recur          2.0     0.7   1.2        2.0    41.9  11.5
-    project       26.2       -   0.0       26.2       -   5.2
+    bits, rows                16, 1            8, 1            4, 1           16, 32            8, 64
+                         memory  cache   memory  cache   memory  cache    memory  cache    memory  cache
+    norm                      -      -        -      -        -      -       0.0    5.2       0.0   10.5
+    project (in)           52.6   45.9     26.4   42.6     14.9   42.6      56.4   52.4      34.2  104.9
+    project (select)        2.0    0.5      1.0    0.2      0.5    0.2       2.0    3.6       1.0    7.0
+    recur                   2.7    3.2      2.7    3.2      2.7    3.2      23.0   25.6      43.9   33.4
+    project (out)          26.2    6.6     13.1    3.3      7.4    3.3      26.2   26.2      13.1   52.4
+    all                    83.5            43.2            25.5            107.6             92.2
 
-A step of 64 blocks moves at least 5.3 GB of weights (and 0.26 GB for the output head), and 0.05 GB of states per row,
-two thirds of which are written in the same place by `stack_step_`. Speed on a GPU has not been measured yet.
+So 64 blocks and the output head move 5.6 GB at 1 row of bfloat16, of which 5.5 are weights that no kernel can spare.
+Speed on a GPU has not been measured yet, for none of the fusions.
 """
 
 from collections.abc import Sequence
@@ -139,6 +141,8 @@ def stack_step(
             )  # fmt: skip
             xz = product(block.in_proj, normed, None, convolution)
         selected = product(block.x_proj, xz[:1])
+        if batch > VECTOR_ROWS and selected.shape[0] > 1:  # else every program would read every row's partial sums
+            selected = selected.sum(0, keepdim=True)
         launch(
             recur, blocks * triton.cdiv(batch, group), selected, xz, weights.dt_proj, weights.dt_bias, weights.A_log,
             weights.D, ssm_states[i], *ssm_states[i].stride(), new_ssm[i], *new_ssm[i].stride(), y, inner, group,
