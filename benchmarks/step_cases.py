@@ -20,7 +20,7 @@ SIZES = {"cpu": (768, 1536, 48), "cuda": (2560, 5120, 160)}  # width, inner, ran
 ROWS = {"cpu": (1, 8), "cuda": (1, 4, 16, 64)}
 STATE, TAPS, LAYERS, EPS = 16, 4, 4, 1e-5
 
-Call = Callable[..., tuple[Tensor, ...]]
+Call = Callable[..., "tuple[Tensor, ...] | None"]
 
 
 def random_layers(device: torch.device, dtype: torch.dtype, bits: int) -> list[BlockWeights]:
@@ -98,7 +98,7 @@ def step_cases(device: torch.device, backends: list[str]) -> list[Mapping[str, A
     width, inner, _ = SIZES[device.type]
     found: list[Mapping[str, Any]] = []
 
-    def add(name: str, hidden: Tensor, fused_call: Call, others: Mapping[str, Call], bytes_moved: int) -> None:
+    def add(name: str, hidden: Tensor, fused_call: Call, others: dict[str, Any], bytes_moved: int) -> None:
         ours = {f"{backend} fused": partial(fused_call, backend) for backend in backends}
         ours = {label: call for label, call in ours.items() if call(hidden=hidden) is not None}
         found.append(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cobra.config import one_of
+from cobra.config import weight_format
 from cobra.errors import ConfigError, ShapeError
 from cobra.generation.chat import Chat
 from cobra.generation.engine import choice_probabilities, decode, prefill, start_state
@@ -24,7 +24,7 @@ from cobra.generation.stopping import AnswerText, stop_strings
 from cobra.hub import open_image, upload_folder
 from cobra.loading import read_model, settings
 from cobra.models.export import check_replaceable, model_card
-from cobra.models.quantized import FORMATS, quantize_projections
+from cobra.models.quantized import quantize_projections
 from cobra.models.state import MambaState, state_bytes
 from cobra.models.vlm import CobraVLM
 from cobra.models.weights import save_model_folder
@@ -400,9 +400,7 @@ def load(
         CheckpointError: the model is missing, incomplete, damaged or does not fit; the message says what to do.
         ConfigError: an argument, or a setting in one, is not known or has no effect.
     """
-    one_of("dtype", dtype, ("float32", "bfloat16"))
-    if quantize is not None:
-        one_of("quantize", quantize, FORMATS)
+    weight_format(dtype, quantize)
     target = pick_device(device)
     model, tokenizer = read_model(
         name, settings(vision, "vision"), settings(llm, "llm"), device=target, dtype=getattr(torch, dtype)

@@ -4,7 +4,7 @@ Behind the door nobody sees a dict: unknown keys, wrong types, missing values an
 refused by name. The YAML files in `configs/` hold the values; this package says what may stand in them.
 """
 
-from cobra.config.checks import nearest, one_of
+from cobra.config.checks import DTYPES, QUANTIZED, nearest, one_of, weight_format
 from cobra.config.door import as_config, as_dict, flatten, read_yaml
 from cobra.config.journeys import (
     SUBSETS,
@@ -43,8 +43,10 @@ from cobra.config.train import (
 )
 
 __all__ = [
+    "DTYPES",
     "LORA_TARGETS",
     "PROJECTOR_KINDS",
+    "QUANTIZED",
     "RESIZE_STRATEGIES",
     "STAGES",
     "SUBSETS",
@@ -78,4 +80,5 @@ __all__ = [
     "nearest",
     "one_of",
     "read_yaml",
+    "weight_format",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from cobra.config.checks import not_negative, one_of, positive
+from cobra.config.checks import not_negative, one_of, positive, weight_format
 from cobra.config.model import ModelConfig
 from cobra.config.train import DataConfig, ParallelConfig, TrainConfig
 from cobra.errors import ConfigError
@@ -99,6 +99,7 @@ class EvaluateConfig:
     subset: str | None = None  # a name in SUBSETS
     device: str = "auto"
     dtype: str = "float32"
+    quantize: str | None = None  # a name in QUANTIZED: weights of fewer bits, as cobra.load takes them
     ops: str = "auto"  # as parallel.ops
     output: str | None = None
     processes: int | None = None  # started on this machine; null: one per GPU. Ignored below torchrun and SLURM
@@ -107,7 +108,7 @@ class EvaluateConfig:
     llm: Any = None
 
     def __post_init__(self) -> None:
-        one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        weight_format(self.dtype, self.quantize)
         one_of("on_missing", self.on_missing, ("error", "skip"))
         if self.subset is not None:
             one_of("subset", self.subset, SUBSETS)
@@ -173,6 +174,7 @@ class AskConfig:
     load: str  # what cobra.load takes; `model=...` on the command line
     device: str = "auto"
     dtype: str = "float32"
+    quantize: str | None = None  # a name in QUANTIZED: weights of fewer bits, as cobra.load takes them
     ops: str = "auto"  # as parallel.ops
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -180,7 +182,7 @@ class AskConfig:
     llm: Any = None
 
     def __post_init__(self) -> None:
-        one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        weight_format(self.dtype, self.quantize)
         positive("max_new_tokens", self.max_new_tokens)
         not_negative("temperature", self.temperature)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from cobra.config.checks import not_negative, one_of, positive
+from cobra.config.checks import not_negative, positive, weight_format
 from cobra.errors import ConfigError
 
 _OTHER_NUMBERS = {"port", "temperature"}  # all others must be greater than 0
@@ -49,9 +49,7 @@ class ServeConfig:
     image_timeout: float = 15.0  # seconds to fetch an image
 
     def __post_init__(self) -> None:
-        one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        if self.quantize is not None:
-            one_of("quantize", self.quantize, ("int8", "int4"))
+        weight_format(self.dtype, self.quantize)
         not_negative("temperature", self.temperature)
         if not 0 <= self.port < 2**16:
             raise ConfigError(f"port={self.port} must be from 0, which is any free one, to 65535.")

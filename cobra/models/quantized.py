@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cobra.config import QUANTIZED
 from cobra.errors import ConfigError
 from cobra.ops import fused
 from cobra.ops.quantized import QuantizedWeight, quantize, quantized_linear
 
-FORMATS = {"int8": 8, "int4": 4}
 _PROJECTIONS = ("in_proj", "x_proj", "out_proj", "lm_head")
 _AT_LEAST_8_BITS = "x_proj"  # small, and decides on step sizes, B and C: a fifth of the KL of 4 bits, 3 % of the bytes
 
@@ -90,7 +90,7 @@ def quantize_projections(llm: nn.Module, name: str) -> None:
                 "Merge adapters first (merge_adapters)."
             )
         parent, own_name = llm.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
-        bits = 8 if own_name == _AT_LEAST_8_BITS else FORMATS[name]
+        bits = 8 if own_name == _AT_LEAST_8_BITS else QUANTIZED[name]
         setattr(parent, own_name, QuantizedLinear(module.weight, bits).train(module.training))
 
 
