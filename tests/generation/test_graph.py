@@ -114,7 +114,7 @@ def until(tokens: list[int], end_id: int, last: int) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("rows", [1, 3, 5])
+@pytest.mark.parametrize("rows", [1, 3])
 def test_greedy_tokens_equal_full_passes(lm: MambaLM, stand_in: StandIn, rows: int) -> None:
     prefixes, prompts = make_prefixes(rows).tolist(), make_prompts(*range(2, 2 + rows))
     wholes = [greedy(lm, [*prefix, *prompt], 40) for prefix, prompt in zip(prefixes, prompts, strict=True)]
