@@ -15,7 +15,9 @@ from PIL import Image
 
 from cobra.config import one_of
 from cobra.errors import ConfigError, ShapeError
+from cobra.generation.chat import Chat
 from cobra.generation.engine import choice_probabilities, decode, prefill, start_state
+from cobra.generation.options import GenerateOptions
 from cobra.generation.prompts import Prompt
 from cobra.generation.sampling import Sampling, SamplingOptions
 from cobra.generation.stopping import AnswerText, stop_strings
@@ -57,13 +59,6 @@ class Pixels:
     """An image as the vision encoder reads it: one uint8 tensor [3, size, size] for each size that it wants."""
 
     views: list[torch.Tensor]
-
-
-class GenerateOptions(SamplingOptions, total=False):
-    """Keywords of `Cobra.generate`, which explains them, and of `Cobra.stream`."""
-
-    max_new_tokens: int
-    stop: str | Sequence[str]
 
 
 # A PIL image, a path, an http(s) URL, a uint8 array [height, width(, channels)], or what was made from one of these.
@@ -355,6 +350,26 @@ class Cobra:
         states = self.encode_image(given).state if given else start
         order = iter(range(1, 1 + len(given)))
         return ImageState(MambaState.concat([start, states])[[0 if one is None else next(order) for one in image]])
+
+    def chat(self, image: ImageLike | None = None, **options: Unpack[GenerateOptions]) -> Chat:
+        """Begin a conversation about an image, or of text alone: `chat.ask(question)`, `chat.stream(question)`.
+
+        The image is read once, here, and every turn once: it costs the same after a hundred others.
+
+        Args:
+            image: one image (`ImageLike`), or None.
+            options: as of `generate`, for every turn; a turn may bring its own.
+
+        Raises:
+            ShapeError: several images.
+            DataError: the image is missing or does not decode.
+            ConfigError: an option is out of its range.
+        """
+        if isinstance(image, (list, tuple)) or (isinstance(image, ImageState) and len(image) != 1):
+            raise ShapeError(f"A chat is about one image, and these are {len(image)}; begin a chat for each.")
+        source = str(image) if isinstance(image, (str, Path)) else None
+        prefix = None if image is None else self.encode_image(image).state
+        return Chat(self.model.llm, self.tokenizer, self.prompt, prefix, source=source, **options)
 
 
 def load(

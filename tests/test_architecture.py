@@ -34,6 +34,7 @@ ALLOWED = {
     "serve": {"api"},
     "eval": {"api", "data", "ranks", "integrations"},
     "describe": {"config", "models"},
+    "demo": {"api", "data", "eval"},
 }
 
 HOMES = {  # library: the only rooms that may import it
@@ -58,10 +59,12 @@ HOMES = {  # library: the only rooms that may import it
     "hydra": set(),
     "transformers": {"integrations"},
     "lmms_eval": {"integrations"},
+    "gradio": {"demo"},
 }
 
 # Never at module level: what a user may not have, and what is slow to import and rarely needed.
 OPTIONAL = {"wandb", "mamba_ssm", "causal_conv1d", "triton", "easy_vqa", "transformers", "huggingface_hub", "lmms_eval"}
+OPTIONAL |= {"gradio"}
 
 # Loaded only by the library that it plugs into, whose classes it inherits from.
 PLUGIN = PACKAGE / "integrations" / "lmms_eval" / "model.py"

@@ -99,6 +99,7 @@ def decode(
     end_id: int,
     sampling: Sampling,
     is_over: Callable[[int, int], bool] | None = None,
+    on_end: Callable[[int, MambaState], None] | None = None,
 ) -> Generator[list[tuple[int, int]]]:
     """Continue prompts; yield (row, token id) pairs, a row's in order: those of each step, or of several on a GPU.
 
@@ -110,6 +111,7 @@ def decode(
         end_id: the token that ends a row; it is not yielded.
         sampling: how tokens are chosen.
         is_over: told each row and token once, in order, before they are yielded; True ends the row after this token.
+        on_end: told each row that ends and its state after the prompt and all tokens, before the last are yielded.
 
     Raises:
         ConfigError: at once, a limit below 1, prompts that `prefill` refuses, or seeds for another number of rows.
@@ -124,7 +126,13 @@ def decode(
         return None if is_over is None else partial(is_over, row)
 
     requests = [
-        Request(prompt=prompt, max_new_tokens=max_new_tokens, sampling=samplings[row], is_over=told(row))
+        Request(
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=samplings[row],
+            is_over=told(row),
+            keep_state=on_end is not None,
+        )
         for row, prompt in enumerate(prompts)
     ]
 
@@ -139,6 +147,8 @@ def decode(
                     if event.finish == "error":
                         raise _not_finite(llm, f"token {counts[event.ticket] + 1} of answer {event.ticket}")
                     counts[event.ticket] += 1
+                    if on_end is not None and event.state is not None:
+                        on_end(event.ticket, event.state)
                 pairs = [(event.ticket, event.token) for event in events if event.token is not None]
                 if pairs:
                     yield pairs

@@ -4,6 +4,9 @@ A step of one row is hundreds of small kernels, and a host that starts them one 
 run of steps, sampling included, is captured once and replayed. A graph reads and writes fixed addresses: rows live in
 buffers for 1, 2, 4, 8, ... of them, in which a run updates them in place, and rows that come or go are copied. The host
 sees the tokens after a run; those behind the end of an answer are dropped there.
+
+On a CPU there is nothing to gain: one kernel runs all blocks, and `torch.compile` of the plain operations took 1.4 to
+2.3 times as long (width 768, six layers, one thread; and 40 s to compile), so it is not used.
 """
 
 from __future__ import annotations

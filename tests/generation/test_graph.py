@@ -6,7 +6,7 @@ import gc
 import logging
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -92,9 +92,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
 def run(lm: MambaLM, rows: int, *, limit: int, end_id: int = NO_END, is_over: Any = None, **options: Any) -> Any:
     prompts, state = make_prompts(*range(2, 2 + rows)), make_state(lm, rows)
-    answers: list[list[int]] = [[] for _ in prompts]
     sampling = Sampling(**options)
     steps = decode(lm, prompts, state, max_new_tokens=limit, end_id=end_id, sampling=sampling, is_over=is_over)
+    answers = by_row(steps)
+    return [answers[row] for row in range(rows)]
+
+
+def by_row(steps: Iterable[list[tuple[int, int]]]) -> dict[int, list[int]]:
+    answers: dict[int, list[int]] = defaultdict(list)
     for step in steps:
         for row, token in step:
             answers[row].append(token)
@@ -267,3 +272,21 @@ def test_models_are_freed(stand_in: StandIn) -> None:
 def test_a_cpu_does_one_step_at_a_time(lm: MambaLM) -> None:
     with lent_stepper(lm) as stepper:
         assert stepper is one_step
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 9, "top_p": 0.9, "repetition_penalty": 1.2}])
+def test_a_gpu_gives_the_tokens_of_single_steps(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Real CUDA graphs; in float32, as sums of a batch may round otherwise and tokens be as likely."""
+    lm = make_lm().float().cuda()
+    prompts = make_prompts(7, 2, 13)
+    settings: dict[str, Any] = {"max_new_tokens": 50, "end_id": NO_END, "sampling": Sampling(**options)}
+    with caplog.at_level(logging.WARNING, logger=graph.__name__):
+        found = by_row(decode(lm, prompts, None, **settings))
+    assert not caplog.records
+    monkeypatch.setattr(graph, "new_stepper", lambda llm: one_step)
+    graph._idle.clear()
+    assert found == by_row(decode(lm, prompts, None, **settings))

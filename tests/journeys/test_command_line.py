@@ -61,7 +61,7 @@ def test_every_benchmark_can_be_made(benchmark: str) -> None:
 def test_every_config_file_is_tried_above() -> None:
     tried = {override.lstrip("+").replace("=", "/") for override in PRETRAIN}
     tried |= {f"benchmark/{name}" for name in choices("benchmark")}
-    tried |= {"pretrain", "evaluate", "score", "prepare", "serve"}
+    tried |= {"pretrain", "evaluate", "score", "prepare", "serve", "generate", "demo"}
     files = {path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml")}
     assert {name for name in files if not name.startswith("cli/")} == tried
 
