@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cobra.config import LLMConfig
+from cobra.config import QUANTIZED, LLMConfig
 from cobra.models.build import KEPT_IN_FLOAT32
 from cobra.models.mamba import MambaLM, MambaState
-from cobra.models.quantized import FORMATS, quantize_projections
+from cobra.models.quantized import quantize_projections
 
 MAMBA_130M = LLMConfig(d_model=768, num_layers=24, vocab_size=50277, tokenizer="", prompt="mamba")
 PREFIX_LENGTH = 8
@@ -127,7 +127,7 @@ def measure(dtype_name: str, batches: list[int], seconds: float) -> list[Row]:
     dtype, rows = getattr(torch, dtype_name), []
     model, block = build(dtype)
     theirs = transformers_model(model).to(dtype) if importlib.util.find_spec("transformers") else None
-    quantised = {name: copy.deepcopy(model) for name in FORMATS}
+    quantised = {name: copy.deepcopy(model) for name in QUANTIZED}
     for name, small in quantised.items():
         quantize_projections(small, name)
     numbers = block.view(torch.float32)  # as fast to add up for both dtypes

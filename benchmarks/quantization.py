@@ -34,12 +34,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cobra
-from cobra.config import LLMConfig
+from cobra.config import QUANTIZED, LLMConfig
 from cobra.eval.benchmark import Question
 from cobra.eval.benchmarks.easyvqa import EasyVQA
 from cobra.models.build import cast_parameters
 from cobra.models.mamba import MambaLM
-from cobra.models.quantized import FORMATS, quantize_projections
+from cobra.models.quantized import quantize_projections
 from cobra.runtime import pick_device
 
 MAMBA_130M = LLMConfig(d_model=768, num_layers=24, vocab_size=50277, tokenizer="", prompt="mamba")
@@ -95,9 +95,9 @@ def torchao(name: str) -> Callable[[MambaLM], None]:
 
 def all_ways() -> dict[str, Callable[[MambaLM], None]]:
     ways: dict[str, Callable[[MambaLM], None]] = {"float32": float32, "bfloat16": bfloat16}
-    ways |= {name: lambda llm, name=name: quantize_projections(llm, name) for name in FORMATS}
+    ways |= {name: lambda llm, name=name: quantize_projections(llm, name) for name in QUANTIZED}
     if importlib.util.find_spec("torchao"):
-        ways |= {f"torchao {name}": torchao(name) for name in FORMATS}
+        ways |= {f"torchao {name}": torchao(name) for name in QUANTIZED}
     return ways
 
 
