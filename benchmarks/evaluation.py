@@ -153,6 +153,8 @@ def shapes(name: str, device: str, dtype: str) -> cobra.Cobra:
     torch.manual_seed(0)
     with torch.device(device):
         model = CobraVLM(self_contained(config))
+        model.projector.init_weights()
+        model.llm.init_weights()
     cast_parameters(model, getattr(torch, dtype))
     return cobra.Cobra(model.requires_grad_(False), Tokenizer(tokenizer), name)
 

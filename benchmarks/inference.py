@@ -6,14 +6,16 @@
 
 For each batch, prompt length and number of new tokens: `first` is the time to the first token, `tokens/s` what the
 whole batch gets per second after it, and `of limit` how near that is to the time that reading all weights once, and
-reading (a Mamba also writing) each row's memory, takes at the bandwidth measured here: PyTorch's sum over a block of
---gigabytes. Below it, the plots of --contexts: tokens/s and the bytes that a row's memory has against context length.
+reading (a Mamba also writing) each row's memory, takes at the bandwidth measured in the same rounds, `GB/s`: PyTorch's
+sum over a block of --gigabytes. Then the same for the plots of --contexts: tokens/s, and the bytes that a row's memory
+has, against context length.
 `peak` is the largest amount of device memory that a call takes beside the weights (on a CPU: by how much the process
-grows, each model and case in a process of its own; numbers below a megabyte mean nothing).
+grows, each model and case in a process of its own; below some megabytes that says nothing).
 
 Models take turns within rounds, and everything is a median over the rounds, after one that does not count: other users
-of a machine slow all of them alike. `x` compares with transformers' Mamba. Greedy tokens of all Mambas with the same
-weights are compared: `same` is the share of equal ones before the first difference in each row.
+of a machine slow all of them alike. `x` compares with transformers' Mamba. `same` is the
+share of a Mamba's greedy tokens that equal those of transformers' before the first difference in each row; quantised
+weights are others, and random ones decide narrowly.
 
 The paper's protocol (section 4.3): one image, "Describe the image specifically", 256 new tokens, from the image's
 encoding to the last token.
@@ -56,6 +58,7 @@ class Row:
     first: float
     tokens_per_second: float
     of_limit: float
+    gigabytes_per_second: float  # at which memory was read between the runs
     same: float | None
     peak: int | None = None
 
@@ -83,38 +86,38 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def bandwidth(device: torch.device, gigabytes: float, rounds: int) -> float:
-    """Bytes per second at which PyTorch adds up a block of memory: the median."""
-    block = torch.zeros(int(gigabytes * 1e9 / 4), device=device)
-    block.sum()
-    return block.nbytes / statistics.median(seconds(block.sum, device) for _ in range(2 * rounds))
-
-
 def prompts(batch: int, length: int, vocab_size: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(batch * 100_003 + length)
     return torch.randint(vocab_size, (batch, length), generator=generator).to(device)
 
 
-def case(models: Sequence[Subject], ids: Tensor, new: int, speed: float, rounds: int) -> list[Row]:
-    """All models on the same prompts; time after the first token is that of `new` tokens less that of one."""
+def case(models: Sequence[Subject], ids: Tensor, new: int, block: Tensor, rounds: int) -> list[Row]:
+    """All models on the same prompts; time after the first token is that of `new` tokens less that of one.
+
+    Memory is read in every round as well: others on the machine take their share of it from minute to minute.
+    """
     device, (batch, length) = ids.device, ids.shape
+    reading: list[float] = []
     answers = {model.name: model.generate(ids, new) for model in models}  # compiles and fills caches as well
     expected = answers.get(REFERENCE)
     times: dict[str, list[tuple[float, float]]] = {model.name: [] for model in models}
     for _ in range(rounds):
+        block.sum()
+        reading.append(seconds(block.sum, device))
         for model in models:
             first = seconds(lambda model=model: model.generate(ids, 1), device)
             whole = seconds(lambda model=model: model.generate(ids, new), device)
             times[model.name].append((first, whole))
+    speed = block.nbytes / statistics.median(reading)
     rows: list[Row] = []
     for model in models:
         first = statistics.median(first for first, _ in times[model.name])
-        step = statistics.median(whole - first for first, whole in times[model.name]) / max(1, new - 1)
+        step = statistics.median(whole - first for first, whole in times[model.name]) / (new - 1)
         comparable = expected is not None and model.row_bytes(1) == model.row_bytes(2)  # a Mamba
         rows.append(
             Row(
                 name=model.name, batch=batch, prompt=length, new=new, first=first, tokens_per_second=batch / step,
-                of_limit=model.step_bytes(batch, length + new // 2) / speed / step,
+                of_limit=model.step_bytes(batch, length + new // 2) / speed / step, gigabytes_per_second=speed / 1e9,
                 same=_same(answers[model.name], expected) if comparable and expected is not None else None,
             )
         )  # fmt: skip
@@ -133,8 +136,12 @@ def peak_bytes(options: argparse.Namespace, name: str, batch: int, prompt: int, 
         "--device", options.device, "--quantize", *options.quantize, "--batches", str(batch), "--prompts", str(prompt),
         "--new-tokens", str(new),
     ]  # fmt: skip
+    child += ["--threads", str(options.threads)] if options.threads else []
     done = subprocess.run(child, capture_output=True, text=True, check=False)
-    return int(done.stdout.split()[-1]) if done.returncode == 0 else None
+    if done.returncode == 0:
+        return int(done.stdout.split()[-1])
+    print(f"no peak of {name}: {(done.stderr.splitlines() or ['no reason given'])[-1]}")
+    return None
 
 
 def _measure_peak(options: argparse.Namespace, device: torch.device) -> int:
@@ -159,8 +166,19 @@ def _peak_of_process() -> int:
     return 1024 * int(line.split()[1])
 
 
-def protocol(name: str, device: torch.device, dtype: str, rounds: int) -> str:
-    """The paper's protocol with random weights."""
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """The paper's protocol: an image, a question, `new` tokens; the median."""
+
+    model: str
+    new: int
+    seconds: float
+    tokens_per_second: float
+    of_limit: float
+
+
+def protocol(name: str, device: torch.device, dtype: str, block: Tensor, rounds: int) -> Protocol:
+    """Time it with random weights. The limit is reading the language model's weights once per token."""
     from evaluation import shapes
     from PIL import Image
 
@@ -169,16 +187,20 @@ def protocol(name: str, device: torch.device, dtype: str, rounds: int) -> str:
     image = Image.effect_noise((640, 480), 64).convert("RGB")
     ask = "Describe the image specifically"
     model.generate(image, ask, max_new_tokens=8)
-    whole = statistics.median(
-        seconds(lambda: model.generate(image, ask, max_new_tokens=256), device) for _ in range(rounds)
-    )
-    return f"{name}: image and 256 tokens in {whole:.2f} s, {256 / whole:.1f} tokens/s"
+    times = [
+        (seconds(block.sum, device), seconds(lambda: model.generate(image, ask, max_new_tokens=256), device))
+        for _ in range(rounds)
+    ]
+    speed = block.nbytes / statistics.median(reading for reading, _ in times)
+    whole = statistics.median(time for _, time in times)
+    limit = 256 * sum(parameter.nbytes for parameter in model.model.llm.parameters()) / speed
+    return Protocol(model=name, new=256, seconds=whole, tokens_per_second=256 / whole, of_limit=limit / whole)
 
 
 def table(rows: Sequence[Row]) -> str:
     lines = [
         f"{'model':22} {'batch':>5} {'prompt':>6} {'new':>4} {'first ms':>9} {'x':>6} {'tokens/s':>9} {'x':>6} "
-        f"{'of limit':>8} {'peak MB':>8} {'same':>7}"
+        f"{'GB/s':>6} {'of limit':>8} {'peak MB':>8} {'same':>7}"
     ]
     for row in rows:
         peers = (
@@ -188,7 +210,7 @@ def table(rows: Sequence[Row]) -> str:
         faster = (peer.first / row.first, row.tokens_per_second / peer.tokens_per_second) if peer else (None, None)
         lines.append(
             f"{row.name:22} {row.batch:5} {row.prompt:6,} {row.new:4} {1e3 * row.first:9.1f} {_times(faster[0])} "
-            f"{row.tokens_per_second:9.1f} {_times(faster[1])} {row.of_limit:8.0%} "
+            f"{row.tokens_per_second:9.1f} {_times(faster[1])} {row.gigabytes_per_second:6.1f} {row.of_limit:8.0%} "
             f"{'-' if row.peak is None else f'{row.peak / 1e6:,.0f}':>8} "
             f"{'-' if row.same is None else f'{row.same:.1%}':>7}"
         )
@@ -244,6 +266,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/inference"), help="inference.json, inference.png")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if min(options.new_tokens) < 2:
+        parser.error("--new-tokens must be at least 2: time per token is counted after the first one")
     if options.threads:
         torch.set_num_threads(options.threads)
     device = pick_device(options.device)
@@ -252,30 +276,33 @@ def main() -> None:
         return
 
     dtype = getattr(torch, options.dtype)
-    speed = bandwidth(device, options.gigabytes, options.rounds)
+    block = torch.zeros(int(options.gigabytes * 1e9 / 4), device=device)
     about = f"{options.size} {options.dtype} on {machine(device)}, torch {torch.__version__}"
-    print(f"{about}: memory is read at {speed / 1e9:.1f} GB/s", flush=True)
+    print(about, flush=True)
     models = subjects(options.size, device, dtype, options.quantize, with_peers=not options.no_peers)
     vocab_size = SIZES[options.size].mamba.vocab_size
     rows: list[Row] = []
     for batch in options.batches:
         for length in options.prompts:
             for new in options.new_tokens:
-                found = case(models, prompts(batch, length, vocab_size, device), new, speed, options.rounds)
+                found = case(models, prompts(batch, length, vocab_size, device), new, block, options.rounds)
                 if not options.no_memory:
                     found = [replace(row, peak=peak_bytes(options, row.name, batch, length, new)) for row in found]
                 rows += found
     print(table(rows), flush=True)
     curves: list[Row] = []
     for context in options.contexts:
-        curves += case(models, prompts(1, context, vocab_size, device), 16, speed, max(2, options.rounds // 2))
+        curves += case(models, prompts(1, context, vocab_size, device), 16, block, max(2, options.rounds // 2))
     options.out.mkdir(parents=True, exist_ok=True)
     if curves:
         print(table(curves))
         plot(curves, models, options.out / "inference.png")
+    result: dict[str, object] = {"machine": about, "rows": [asdict(row) for row in [*rows, *curves]]}
     if options.protocol:
-        print(protocol(options.protocol, device, options.dtype, options.rounds))
-    result = {"machine": about, "bytes_per_second": speed, "rows": [asdict(row) for row in [*rows, *curves]]}
+        found = protocol(options.protocol, device, options.dtype, block, options.rounds)
+        print(f"{found.model}: image and {found.new} tokens in {found.seconds:.2f} s, "
+              f"{found.tokens_per_second:.1f} tokens/s, {found.of_limit:.0%} of the limit")  # fmt: skip
+        result["protocol"] = asdict(found)
     (options.out / "inference.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"{options.out / 'inference.json'}" + (f", {options.out / 'inference.png'}" if curves else ""))
 

@@ -17,10 +17,9 @@ from cobra.config import weight_format
 from cobra.errors import ConfigError, ShapeError
 from cobra.generation.chat import Chat
 from cobra.generation.engine import choice_probabilities, decode, prefill, start_state
-from cobra.generation.options import GenerateOptions
+from cobra.generation.options import GenerateOptions, checked
 from cobra.generation.prompts import Prompt
-from cobra.generation.sampling import Sampling, SamplingOptions
-from cobra.generation.stopping import AnswerText, stop_strings
+from cobra.generation.stopping import AnswerText
 from cobra.hub import open_image, upload_folder
 from cobra.loading import read_model, settings
 from cobra.models.export import check_replaceable, model_card
@@ -271,13 +270,10 @@ class Cobra:
         self,
         image: ImageLike | Sequence[ImageLike | None] | None,
         prompt: str | Prompt | Sequence[str | Prompt],
-        *,
-        max_new_tokens: int = 128,
-        stop: str | Sequence[str] = (),
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[GenerateOptions],
     ) -> tuple[list[AnswerText], Generator[object]]:
         """Return the texts of all answers, empty yet, and an iterator whose steps make them grow."""
-        chosen, stops = Sampling(**sampling), stop_strings(stop)  # checked before an image is read
+        limit, stops, sampling = checked(**options)  # before an image is read
         state, ids = self._read_prompts(image, prompt)
         texts = [AnswerText(self.tokenizer.decode, stops) for _ in ids]
 
@@ -289,9 +285,9 @@ class Cobra:
             self.model.llm,
             ids,
             state,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=limit,
             end_id=self.tokenizer.end_id,
-            sampling=chosen,
+            sampling=sampling,
             is_over=is_over,
         )
         return texts, steps
@@ -327,7 +323,10 @@ class Cobra:
         self, image: ImageLike | Sequence[ImageLike | None] | None, prompt: str | Prompt | Sequence[str | Prompt]
     ) -> tuple[MambaState | None, list[str | Prompt]]:
         """Return a state row and a prompt for every answer wanted."""
-        prompts = [prompt] if isinstance(prompt, (str, Prompt)) else list(prompt)
+        prompts: list[Any] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
+        for one in prompts:
+            if not isinstance(one, (str, Prompt)):
+                raise ConfigError(f"A prompt is text or a cobra.Prompt, not {one!r}.")
         if not prompts:
             raise ShapeError("The list of prompts is empty.")
         if image is None:

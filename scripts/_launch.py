@@ -133,6 +133,9 @@ def _errors_in_one_line(config_name: str) -> Iterator[None]:
         _fail(_explain_override(str(error), config_name))
     except CobraError as error:
         _fail(_unaliased(str(error), config_name), error.exit_code)
+    except BrokenPipeError:  # who read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave(0)
     except OSError as error:  # a folder that cannot be written, a full disk
         _fail(f"{error.filename or 'The system'}: {error.strerror or error}. Check the folder, or choose another one.")
     except KeyboardInterrupt:

@@ -137,7 +137,8 @@ class TerminalChat:
 
     def _note(self, text: str) -> None:
         """Say something that is no part of an answer."""
-        sys.stderr.write(f"{DIM}{text}{PLAIN}\n" if sys.stderr.isatty() else f"{text}\n")
+        # Also the words of a server that an image was asked of.
+        sys.stderr.write(f"{DIM}{text.translate(NO_CONTROL)}{PLAIN}\n" if sys.stderr.isatty() else f"{text}\n")
         sys.stderr.flush()
 
 

@@ -39,22 +39,21 @@ class Asker:
     max_new_tokens: int
     _lock: Lock = field(default_factory=Lock)
 
-    def see(self, visit: Visit, image: Image.Image | None) -> Chat:
-        """Return the conversation about the image that the page shows; another image begins another one."""
-        digest = "" if image is None else hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-        if visit.chat is None or digest != visit.digest:
-            with self._lock:
+    def see(self, visit: Visit, image: Image.Image | None) -> tuple[ImageState | None, Chat]:
+        """Return the image that the page shows and the conversation about it; another image begins another one."""
+        digest = "" if image is None else _digest(image)
+        with self._lock:
+            if visit.chat is None or digest != visit.digest:
                 visit.image = None if image is None else self.vlm.encode_image(image)
-                visit.chat = self.vlm.chat(visit.image)
-            visit.digest = digest
-        return visit.chat
+                visit.chat, visit.digest = self.vlm.chat(visit.image), digest
+            return visit.image, visit.chat
 
     def stream(
         self, visit: Visit, image: Image.Image | None, question: str, temperature: float, max_new_tokens: int
     ) -> Iterator[tuple[list[tuple[str, str]], str]]:
         """Yield the conversation as it grows, with how fast it does."""
         _check(question)
-        chat = self.see(visit, image)
+        _, chat = self.see(visit, image)
         start = time.perf_counter()
         with self._lock:
             stream = chat.stream(question, **self._options(temperature, max_new_tokens))
@@ -78,10 +77,10 @@ class Asker:
     def judge(self, visit: Visit, image: Image.Image | None, statement: str, words: str) -> dict[str, float]:
         """Return the probability of each word of a pair such as "True / False"."""
         _check(statement)
-        self.see(visit, image)
+        state, _ = self.see(visit, image)
         choices = words.split(" / ")
         with self._lock:
-            probabilities = self.vlm.score(visit.image, self.prompts.judge.replace("{question}", statement), choices)
+            probabilities = self.vlm.score(state, self.prompts.judge.replace("{question}", statement), choices)
         return dict(zip(choices, probabilities, strict=True))
 
     def find(
@@ -118,10 +117,10 @@ class Asker:
         max_new_tokens: int,
     ) -> tuple[str, str]:
         _check(question)
-        self.see(visit, image)
+        state, _ = self.see(visit, image)
         start = time.perf_counter()
         # A chat of one turn, as it counts tokens.
-        chat = self.vlm.chat(visit.image)
+        chat = self.vlm.chat(state)
         with self._lock:
             text = chat.ask(
                 prompt.replace("{question}", question.strip()), **self._options(temperature, max_new_tokens)
@@ -131,6 +130,11 @@ class Asker:
     def _options(self, temperature: float, max_new_tokens: int) -> GenerateOptions:
         # The page's own limits; a program may send anything.
         return GenerateOptions(temperature=temperature, max_new_tokens=min(int(max_new_tokens), self.max_new_tokens))
+
+
+def _digest(image: Image.Image) -> str:
+    pixels = image.convert("RGBA").tobytes()  # of a palette's colours, not their numbers
+    return hashlib.sha256(f"{image.size}".encode() + pixels).hexdigest()
 
 
 def speed(count: int, start: float) -> str:

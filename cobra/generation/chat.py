@@ -11,8 +11,9 @@ import torch
 
 from cobra.errors import ConfigError, DataError
 from cobra.generation.engine import decode, prefill
-from cobra.generation.sampling import Sampling, SamplingOptions
-from cobra.generation.stopping import AnswerText, stop_strings
+from cobra.generation.options import checked
+from cobra.generation.sampling import Sampling
+from cobra.generation.stopping import AnswerText
 from cobra.models.mamba import MambaLM
 from cobra.models.state import MambaState
 from cobra.runtime import write_text
@@ -208,16 +209,13 @@ class Chat:
         return "\n\n".join(["# Chat", *image, *turns]) + "\n"
 
 
-def _checked(
-    *, max_new_tokens: int = 128, stop: str | Sequence[str] = (), **sampling: Unpack[SamplingOptions]
-) -> tuple[int, tuple[str, ...], Sampling]:
+def _checked(**options: Unpack[GenerateOptions]) -> tuple[int, tuple[str, ...], Sampling]:
     """Return the options of one answer.
 
     Raises:
-        ConfigError: one is out of its range.
+        ConfigError: one is out of its range, or seeds for several answers.
     """
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens={max_new_tokens!r} must be a whole number, at least 1.")
-    if not isinstance(sampling.get("seed", 0), int):
-        raise ConfigError(f"seed={sampling.get('seed')!r} must be one whole number in a chat, which grows by the turn.")
-    return max_new_tokens, stop_strings(stop), Sampling(**sampling)
+    limit, stops, sampling = checked(**options)
+    if isinstance(sampling.seed, Sequence):
+        raise ConfigError(f"seed={sampling.seed!r} must be one whole number in a chat, which grows by the turn.")
+    return limit, stops, sampling

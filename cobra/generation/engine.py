@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cobra.errors import ConfigError, NumericsError
 from cobra.generation.graph import lent_stepper
+from cobra.generation.options import check_limit
 from cobra.generation.rows import Request, Running, next_logits
 from cobra.generation.sampling import Sampling
 from cobra.models.mamba import MambaLM
@@ -32,7 +33,7 @@ def prefill(
 
     Returns:
         Logits of the next token [B, V], V without the embedding's padding, and the state after each prompt. Both
-        equal those of each row alone.
+        equal those of each row alone, up to the order that a larger batch adds up in.
 
     Raises:
         ConfigError: no prompts, an empty one, an id that is no token, or a chunk without tokens.
@@ -117,8 +118,7 @@ def decode(
         ConfigError: at once, a limit below 1, prompts that `prefill` refuses, or seeds for another number of rows.
         NumericsError: when iterated, logits that are NaN or infinite.
     """
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+    max_new_tokens = check_limit(max_new_tokens)
     _check_prompts(llm, prompts)
     samplings = sampling.per_row(len(prompts))
 

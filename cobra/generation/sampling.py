@@ -67,15 +67,19 @@ class Sampling:
             )
         if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature={self.temperature} must be 0 (greedy) or greater, and finite.")
-        if not (_is_whole(self.top_k) and self.top_k >= 0):
+        if not (is_whole(self.top_k) and 0 <= self.top_k < 2**31):
             raise ConfigError(f"top_k={self.top_k!r} must be a whole number, 0 (all tokens) or greater.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} must be in (0, 1]; use 1 for all tokens.")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p={self.min_p} must be in [0, 1]; use 0 for all tokens.")
         for seed in self.seed if isinstance(self.seed, Sequence) else [self.seed]:
-            if not (_is_whole(seed) and 0 <= seed < 2**63):
+            if not (is_whole(seed) and 0 <= seed < 2**63):
                 raise ConfigError(f"seed={seed!r} must be a whole number in [0, 2**63), or one such number per answer.")
+        # NumPy's whole numbers are welcome; from here on they are Python's.
+        seed = self.seed
+        object.__setattr__(self, "top_k", int(self.top_k))
+        object.__setattr__(self, "seed", [int(one) for one in seed] if isinstance(seed, Sequence) else int(seed))
 
     def per_row(self, num_rows: int) -> list[Sampling]:
         """Return each row's own sampling, with a single seed.
@@ -91,10 +95,11 @@ class Sampling:
             raise ConfigError(
                 f"seed holds {len(self.seed)} numbers for {num_rows} answers; pass one per answer, or a single number."
             )
-        return [replace(self, seed=seed) for seed in seeds]
+        return [replace(self, seed=seed) for seed in seeds]  # type: ignore[misc]
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Whether a value is an integer of any kind, and no truth value."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 

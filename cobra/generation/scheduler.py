@@ -13,6 +13,7 @@ from torch import Tensor
 from cobra.errors import ConfigError, ShapeError
 from cobra.generation.engine import check_ids, read, start_state
 from cobra.generation.graph import new_stepper
+from cobra.generation.options import check_limit
 from cobra.generation.rows import Event, Request, Running, next_logits
 from cobra.models.mamba import MambaLM
 from cobra.models.state import MambaState
@@ -39,7 +40,8 @@ class _Reading:
 class Scheduler:
     """Generates many answers at once, first come, first served. One thread owns it.
 
-    The tokens of an answer do not depend on what else is running: they are those that `decode` gives it alone.
+    The tokens of an answer do not depend on what else is running: they are those that `decode` gives it alone, as far
+    as a batch of another size adds up to the same numbers.
     """
 
     def __init__(self, llm: MambaLM, *, end_id: int, max_rows: int = 64, chunk: int = CHUNK) -> None:
@@ -78,8 +80,7 @@ class Scheduler:
             ConfigError: a limit below 1, a prompt that is empty or holds what is no token, or several seeds.
             ShapeError: a state of another model, on another device, or of several rows.
         """
-        if request.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={request.max_new_tokens} must be at least 1.")
+        check_limit(request.max_new_tokens)
         check_ids(self._llm, "The prompt", request.prompt)
         if isinstance(request.sampling.seed, Sequence):
             raise ConfigError(f"seed={request.sampling.seed!r} must be a single number for a single answer.")
@@ -126,7 +127,11 @@ class Scheduler:
             group.append(self._reading.popleft())
             width = wider
         pieces = [item.request.prompt[item.num_read : item.num_read + width] for item in group]
-        hidden, after = read(self._llm, pieces, MambaState.concat([item.state for item in group]))
+        try:
+            hidden, after = read(self._llm, pieces, MambaState.concat([item.state for item in group]))
+        except BaseException:
+            self._reading.extendleft(reversed(group))  # as before the step, for a caller that can make room
+            raise
         done: list[int] = []
         for row, (item, piece) in enumerate(zip(group, pieces, strict=True)):
             item.num_read += len(piece)

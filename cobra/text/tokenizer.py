@@ -35,7 +35,17 @@ class Tokenizer:
         return self._backend.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; nothing is added at either end."""
+        """Token ids of `text`; nothing is added at either end.
+
+        Raises:
+            ConfigError: the text holds half of a surrogate pair, which is no character.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"The text {text!r} holds {text[error.start]!r} at {error.start}, which is no character."
+            ) from None
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
