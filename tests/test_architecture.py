@@ -132,7 +132,7 @@ def run_python(code: str) -> str:
 
 
 def test_import_cobra_loads_no_torch() -> None:
-    heavy = ["torch", "timm", "numpy", "PIL", "tokenizers", "hydra", "omegaconf", "matplotlib", "wandb"]
+    heavy = ["torch", "timm", "numpy", "PIL", "tokenizers", "hydra", "omegaconf", "matplotlib", "wandb", "transformers"]
     output = run_python(f"import sys, cobra; cobra.__version__; print([m for m in {heavy} if m in sys.modules])")
     assert output.strip() == "[]"
 

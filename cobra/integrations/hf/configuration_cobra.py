@@ -25,7 +25,7 @@ class CobraConfig(PreTrainedConfig):
     """
 
     model_type = "cobra"
-    sub_configs_defaults = {"text_config": MambaConfig}  # noqa: RUF012 (transformers declares it so)
+    sub_configs_defaults = {"text_config": MambaConfig}  # type: ignore[assignment]  # noqa: RUF012
 
     def __init__(
         self,

@@ -49,7 +49,8 @@ def write_hugging_face(
     ):
         exported.register_for_auto_class(auto)
     with torch.device("meta"):  # names and code alone; the tensors come from `model`
-        theirs = CobraMambaForConditionalGeneration(config).to(model.llm.backbone.embedding.weight.dtype)
+        theirs = CobraMambaForConditionalGeneration(config)
+    theirs = theirs.to(dtype=model.llm.backbone.embedding.weight.dtype)  # type: ignore[arg-type]
     end_id = processor.tokenizer.eos_token_id
     theirs.generation_config.update(
         max_new_tokens=MAX_NEW_TOKENS, do_sample=False, bos_token_id=end_id, eos_token_id=end_id, pad_token_id=end_id

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_processing_base import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image, make_flat_list_of_images
 
@@ -51,7 +52,8 @@ class CobraImageProcessor(BaseImageProcessor):
 
     def preprocess(self, images: Any, return_tensors: str | None = None) -> BatchFeature:
         """Return `pixel_values`, uint8 [images, 3, height, width], an image's views side by side, from their tops."""
-        pictures = [_to_rgb(image) for image in make_flat_list_of_images(self.fetch_images(images))]
+        flat: list[Any] = make_flat_list_of_images(self.fetch_images(images))  # type: ignore[assignment]
+        pictures = [_to_rgb(image) for image in flat]
         height, width = max(view["size"] for view in self.views), sum(view["size"] for view in self.views)
         pixels = torch.zeros(len(pictures), 3, height, width, dtype=torch.uint8)
         for row, picture in zip(pixels, pictures, strict=True):

@@ -6,6 +6,10 @@ transformers' own Mamba. Parameters have Cobra's names, but for `backbone.embedd
 Shapes: B rows, L length, I images, P patches, T image tokens of an image, D width, V vocabulary.
 """
 
+# transformers' own declarations do not describe subclasses, and torch's take every attribute for a Tensor
+# pyright: basic, reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportIndexIssue=false, reportIncompatibleMethodOverride=false
+
 from __future__ import annotations
 
 import math
@@ -126,7 +130,7 @@ class CobraMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     config_class = CobraConfig
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     _tied_weights_keys = {"llm.lm_head.weight": "llm.backbone.embeddings.weight"}  # noqa: RUF012
     _no_split_modules = ["CobraVisionTower", "MambaBlock"]  # noqa: RUF012
     # rounding the scan's own parameters to 16 bits moves every step of the recurrence

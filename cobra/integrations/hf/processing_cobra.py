@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.image_processing_utils import BatchFeature
+from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .image_processing_cobra import CobraImageProcessor as CobraImageProcessor  # shipped with this file
@@ -54,7 +54,7 @@ class CobraProcessor(ProcessorMixin):
         is_empty = isinstance(images, (list, tuple)) and not any(
             image if isinstance(image, (list, tuple)) else True for image in images
         )
-        return super().__call__(images=None if is_empty else images, text=text, **kwargs)
+        return super().__call__(images=None if is_empty else images, text=text, **kwargs)  # type: ignore[arg-type]
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """Return what stands in the prompt for one image."""
