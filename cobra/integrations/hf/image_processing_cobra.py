@@ -73,9 +73,17 @@ class CobraImageProcessor(BaseImageProcessor):
         naive = self.resize == "resize-naive"
         width, height = (size if naive else size * side // min(image.size) for side in image.size)
         left, top = round((width - size) / 2), round((height - size) / 2)
-        image = image.resize((width, height), _RESAMPLING[interpolation])
+        image = _resize(image, width, height, _RESAMPLING[interpolation])
         image = image.crop((left, top, left + size, top + size))
         return torch.from_numpy(np.array(image).transpose(2, 0, 1))
+
+
+def _resize(image: Image.Image, width: int, height: int, resampling: Image.Resampling) -> Image.Image:
+    """Resize as Pillow 13 does, whichever is installed: the side that loses most goes first, where 12 begins across."""
+    if image.height - height > max(2 * (image.width - width), 0):
+        turned = image.transpose(Image.Transpose.TRANSPOSE).resize((height, width), resampling)
+        return turned.transpose(Image.Transpose.TRANSPOSE)
+    return image.resize((width, height), resampling)
 
 
 def _to_rgb(image: Any) -> Image.Image:
