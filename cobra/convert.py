@@ -25,6 +25,7 @@ from cobra.models.weights import fill, parameters_on_meta, save_model_folder, wh
 LAYOUTS = {
     "cobra": "a model folder, which cobra.load reads",
     "public": "a run folder of the public Cobra release, with vision.yaml and llm.yaml for what its ids leave open",
+    "hf": "the whole model, for transformers' AutoModelForImageTextToText, with the code that it needs",
     "hf-mamba": "the language model alone, for transformers' MambaForCausalLM",
     "mamba": "the language model alone, as state-spaces/mamba has it",
 }
@@ -37,6 +38,7 @@ def convert(
     *,
     vision: Mapping[str, Any] | None = None,
     llm: Mapping[str, Any] | None = None,
+    results: Path | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write the model `source` in another layout, complete or not at all.
@@ -47,13 +49,18 @@ def convert(
         to: one of `LAYOUTS`.
         vision: as in `cobra.load`.
         llm: as in `cobra.load`.
+        results: of to=hf: an evaluation's folder, or one around several of this model, for the model card.
         overwrite: replace a target that exists.
 
     Raises:
         CheckpointError: the target exists, the source is damaged, or holds less than the layout needs.
-        ConfigError: the layout is not known, or a setting in `vision` or `llm`, or it has no effect.
+        ConfigError: the layout is not known, or a setting in `vision` or `llm`, or it has no effect; or transformers is
+            needed and not installed.
+        DataError: `results` holds none, or those of several models.
     """
     one_of("to", to, LAYOUTS)
+    if results is not None and to != "hf":
+        raise ConfigError(f"results go into the model card of to=hf; they have no effect on to={to}. Leave them out.")
     if target.exists() and not overwrite:
         raise CheckpointError(f"{target} exists; choose another target, or ask for it to be overwritten.")
     check_replaceable(target, Path(source))
@@ -67,7 +74,12 @@ def convert(
             write = write_hugging_face_mamba if to == "hf-mamba" else write_original_mamba
             write(language_model, tokenizer_file, folder)
         elif isinstance(model, CobraVLM) and tokenizer_file is not None:
-            write_public_run(model, tokenizer_file, folder)
+            if to == "hf":
+                from cobra.integrations.hf.export import write_hugging_face
+
+                write_hugging_face(model, tokenizer_file, folder, results=results)
+            else:
+                write_public_run(model, tokenizer_file, folder)
         else:
             raise CheckpointError(
                 f"{source} holds a language model alone, and to={to} needs a vision-language model; choose to=hf-mamba "

@@ -12,6 +12,7 @@ import torch
 from cobra.config import LLMConfig, LoraConfig, ModelConfig, VisionConfig, as_config, as_dict, nearest, read_yaml
 from cobra.errors import CheckpointError, ConfigError
 from cobra.hub import local_model, resolve_file, resolve_model, resolve_model_folder
+from cobra.models.hugging_face import is_hugging_face, load_hugging_face
 from cobra.models.lora import merged_state
 from cobra.models.pretrained import unwrapped
 from cobra.models.public import CHECKPOINT, is_public_run, load_public_run, public_config
@@ -130,6 +131,11 @@ def read_model(
                 f"{folder} is a training checkpoint, on which vision and llm have no effect. Leave them out."
             )
         return _read_checkpoint(folder, device, dtype)
+    if is_hugging_face(folder):
+        if vision or llm:
+            raise ConfigError(f"{folder} describes itself; vision and llm have no effect on it. Leave them out.")
+        tokenizer = Tokenizer(resolve_file(str(folder), "llm.tokenizer"))
+        return load_hugging_face(folder, device=device, dtype=dtype), tokenizer
     folder = resolve_model_folder(folder)
     config = _changed(folder, vision, llm)
     tokenizer = Tokenizer(resolve_file(str(folder / "tokenizer.json"), "llm.tokenizer"))

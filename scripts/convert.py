@@ -12,6 +12,7 @@ examples
   python scripts/convert.py cobra-3b models/cobra-3b --to cobra
   python scripts/convert.py runs/tiny exported --to public
   python scripts/convert.py exported back --to cobra --vision exported/vision.yaml --llm exported/llm.yaml
+  python scripts/convert.py runs/tiny tiny-hf --to hf --results results
   python scripts/convert.py state-spaces/mamba-2.8b mamba-2.8b-hf --to hf-mamba
 
 Nothing is cast. The target is written whole or not at all. The folder that the environment variable COBRA_WEIGHTS names
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--to", required=True, metavar="LAYOUT", help=", ".join(LAYOUTS))
     parser.add_argument("--vision", metavar="FILE", help="YAML: what the source's vision id stands for")
     parser.add_argument("--llm", metavar="FILE", help="YAML: what the source's language model id stands for")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="of --to hf: evaluations for the model card")
     parser.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
     given = parser.parse_args()
     setup_logging()
@@ -45,7 +47,8 @@ def main() -> None:
     try:
         one_of("--to", given.to, LAYOUTS)
         vision, llm = settings(given.vision, "--vision"), settings(given.llm, "--llm")
-        convert(given.source, given.target, given.to, vision=vision, llm=llm, overwrite=given.overwrite)
+        options = {"vision": vision, "llm": llm, "results": given.results, "overwrite": given.overwrite}
+        convert(given.source, given.target, given.to, **options)
     except (CobraError, OSError) as error:
         log.error("error: %s", error)
         sys.exit(1)

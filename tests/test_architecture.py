@@ -26,7 +26,7 @@ ALLOWED = {
     "generation": {"models"},
     "releases": {"errors"},
     "loading": {"models", "releases"},
-    "convert": {"loading"},
+    "convert": {"loading", "integrations"},
     "api": {"generation", "loading"},
     "data": {"text", "ranks"},
     "train": {"models", "data", "describe", "ranks"},
@@ -69,6 +69,9 @@ OPTIONAL |= {"gradio"}
 # Loaded only by the library that it plugs into, whose classes it inherits from.
 PLUGIN = PACKAGE / "integrations" / "lmms_eval" / "model.py"
 
+# Copied into exported models, where they work without this package.
+SHIPPED = set((PACKAGE / "integrations" / "hf").glob("*_cobra.py"))
+
 
 def reachable(room: str) -> set[str]:
     rooms = {room} | ALLOWED[room]
@@ -99,6 +102,9 @@ def imports(file: Path, *, top_level: bool = False) -> set[str]:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_module_imports_only_lower_rooms(file: Path) -> None:
     room = room_of(file)
+    if file in SHIPPED:
+        own = {f"cobra.integrations.hf.{shipped.stem}" for shipped in SHIPPED}
+        assert {name for name in imports(file) if name.startswith("cobra")} <= own
     if room == "__init__":  # the lazy front door
         assert not {name for name in imports(file, top_level=True) if name.split(".")[0] in ("torch", "cobra")}
         return
@@ -110,6 +116,9 @@ def test_module_imports_only_lower_rooms(file: Path) -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_libraries_stay_in_their_rooms(file: Path) -> None:
     libraries = {name.split(".")[0] for name in imports(file)}
+    if file in SHIPPED:
+        assert libraries - sys.stdlib_module_names <= {"transformers", "timm", "torch", "numpy", "PIL", "cobra"}
+        return
     for library in libraries & HOMES.keys():
         assert room_of(file) in HOMES[library], f"{library} does not belong here"
     at_module_level = {name.split(".")[0] for name in imports(file, top_level=True)}
@@ -132,7 +141,7 @@ def run_python(code: str) -> str:
 
 
 def test_import_cobra_loads_no_torch() -> None:
-    heavy = ["torch", "timm", "numpy", "PIL", "tokenizers", "hydra", "omegaconf", "matplotlib", "wandb"]
+    heavy = ["torch", "timm", "numpy", "PIL", "tokenizers", "hydra", "omegaconf", "matplotlib", "wandb", "transformers"]
     output = run_python(f"import sys, cobra; cobra.__version__; print([m for m in {heavy} if m in sys.modules])")
     assert output.strip() == "[]"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -21,11 +22,14 @@ from cobra.models.vlm import CobraVLM
 from cobra.models.weights import TIED, untied_state
 
 # What stands in a folder of any layout that is written here; a folder that holds nothing else may be replaced.
-_OWN_FILES = {
-    "generation_config.json",  # transformers' own
+_OWN_FILES = (
     "model.safetensors", "pytorch_model.bin", "config.json", "tokenizer.json", "README.md", "checkpoints", "vision",
     "vision.yaml", "llm.yaml",
-}  # fmt: skip
+    # transformers' own
+    "generation_config.json", "model-*.safetensors", "model.safetensors.index.json", "tokenizer_config.json",
+    "processor_config.json", "chat_template.jinja", "configuration_cobra.py", "modeling_cobra.py",
+    "processing_cobra.py", "image_processing_cobra.py",
+)  # fmt: skip
 
 
 def check_replaceable(folder: Path, source: Path | None = None) -> None:
@@ -50,7 +54,8 @@ def check_replaceable(folder: Path, source: Path | None = None) -> None:
         raise CheckpointError(f"{folder} exists and is not a folder; choose another place, or remove it.")
     if source is not None and source.resolve().is_relative_to(folder.resolve()):
         raise CheckpointError(f"{folder} holds the source {source}; choose another place.")
-    others = sorted({path.name for path in folder.iterdir()} - _OWN_FILES)
+    names = sorted(path.name for path in folder.iterdir())
+    others = [name for name in names if not any(fnmatchcase(name, own) for own in _OWN_FILES)]
     if others:
         named = ", ".join(others[:5]) + (" ..." if len(others) > 5 else "")
         raise CheckpointError(
@@ -111,16 +116,23 @@ def write_original_mamba(llm: MambaLM, tokenizer_file: Path | None, folder: Path
 
 def model_card(config: ModelConfig, repository: str) -> str:
     """Return the README of a model on the Hub."""
-    towers = ", ".join(f"{tower.timm} at {tower.image_size} px" for tower in config.vision.towers)
     return (
         f"---\npipeline_tag: image-text-to-text\ntags: [cobra, mamba, vision-language]\n---\n# {config.name}\n\n"
         "A Mamba vision-language model made with Cobra (arXiv 2403.14520).\n\n"
+        f"{parts_table(config)}\n"
+        f'```python\nimport cobra\n\nvlm = cobra.load("{repository}")\n'
+        'vlm.generate("photo.png", "What is this?")\n```\n'
+    )
+
+
+def parts_table(config: ModelConfig) -> str:
+    """Return a model's parts as a table of Markdown."""
+    towers = ", ".join(f"{tower.timm} at {tower.image_size} px" for tower in config.vision.towers)
+    return (
         f"| part | |\n|---|---|\n| vision | {towers}; {config.vision.resize} |\n"
         f"| projector | {config.projector.kind} |\n"
         f"| language model | Mamba, width {config.llm.d_model}, {config.llm.num_layers} layers |\n"
-        f"| prompt format | {config.llm.prompt} |\n\n"
-        f'```python\nimport cobra\n\nvlm = cobra.load("{repository}")\n'
-        'vlm.generate("photo.png", "What is this?")\n```\n'
+        f"| prompt format | {config.llm.prompt} |\n"
     )
 
 
