@@ -15,6 +15,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import yaml
 
 from cobra.data.toy import Toy
 from cobra.data.toy import prepare as prepare_toy
@@ -98,6 +99,17 @@ def test_commands_have_a_line_each(run: Run) -> None:
     assert mistake.returncode == 1 and "Did you mean 'evaluate'?" in mistake.stderr and mistake.stderr.count("\n") == 1
 
 
+def test_configs_come_with_the_wheel(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "configs" / "train").mkdir(parents=True)
+    (tmp_path / "configs" / "train" / "mine.yaml").write_text("defaults: [tiny]\nmax_steps: 7\n")
+    shown = run("cobra", "pretrain", "--cfg", "job", "train=mine")
+    assert shown.returncode == 0, shown.stderr
+    config = yaml.safe_load(shown.stdout)
+    assert (config["train"]["max_steps"], config["train"]["stage"]) == (7, "finetune")
+    assert config["paths"]["runs"] == "runs"
+
+
+@pytest.mark.skipif("COBRA_DIST" not in os.environ, reason="takes minutes, as its kernels are compiled: release-check")
 def test_trains_and_evaluates_without_a_clone(
     run: Run, small_overrides: Callable[[Path], list[str]], tmp_path: Path
 ) -> None:
@@ -113,7 +125,7 @@ def test_trains_and_evaluates_without_a_clone(
     assert evaluated.returncode == 0, evaluated.stderr
     assert (tmp_path / "results" / "pope" / "small" / "report.md").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"data", "runs", "results"}
-    compared = run("cobra", "compare", "results/pope/small", "results/pope/small")
-    assert compared.returncode == 0 and "small" in compared.stdout, compared.stderr
+    converted = run("cobra", "convert", "runs/small", "exported", "--to", "public")
+    assert converted.returncode == 0 and (tmp_path / "exported").is_dir(), converted.stderr
     described = run("python", "-m", "cobra.describe", "+experiment=cobra-3b")
-    assert described.returncode == 0 and "parameters" in described.stdout, described.stderr
+    assert described.returncode == 0 and "Parameters" in described.stdout, described.stderr
