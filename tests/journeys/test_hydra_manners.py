@@ -18,7 +18,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from cobra.config import PretrainConfig
+from cobra.config import PrepareConfig, PretrainConfig, as_config
+from cobra.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -108,6 +109,21 @@ def test_own_configs_are_found(
     find_own_configs("configs")
     assert not caplog.records
     assert composed("pretrain", "train=tiny").train.max_steps == 8
+
+
+def test_own_data_cannot_take_a_name_of_cobras(scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prepare import check_own_name
+
+    monkeypatch.chdir(tmp_path)
+
+    def own(name: str) -> PrepareConfig:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            asked = ["own.annotations=a.csv", "own.images=b", f"own.name={name}"]
+            return as_config(PrepareConfig, hydra.compose("prepare", overrides=asked))
+
+    check_own_name(own("mine"))
+    with pytest.raises(ConfigError, match=r"own.name=toy"):  # data=toy would be Cobra's
+        check_own_name(own("toy"))
 
 
 def test_search_is_told_the_score_or_else_the_loss(
