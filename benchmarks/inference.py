@@ -60,6 +60,16 @@ class Row:
     peak: int | None = None
 
 
+def machine(device: torch.device) -> str:
+    """What was measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, platform.machine())} ({torch.get_num_threads()} threads)"
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -171,7 +181,9 @@ def table(rows: Sequence[Row]) -> str:
         f"{'of limit':>8} {'peak MB':>8} {'same':>7}"
     ]
     for row in rows:
-        peers = (o for o in rows if o.name == REFERENCE and (o.batch, o.prompt, o.new) == (row.batch, row.prompt, row.new))
+        peers = (
+            o for o in rows if o.name == REFERENCE and (o.batch, o.prompt, o.new) == (row.batch, row.prompt, row.new)
+        )
         peer = next(peers, None)
         faster = (peer.first / row.first, row.tokens_per_second / peer.tokens_per_second) if peer else (None, None)
         lines.append(
@@ -191,18 +203,23 @@ def plot(rows: Sequence[Row], models: Sequence[Subject], file: Path) -> None:
     """Tokens/s, and bytes that a row's memory has, against context length."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    contexts = sorted({row.prompt for row in rows})
+    remembered: dict[tuple[int, ...], str] = {}
     for model in models:
-        own = sorted((row for row in rows if row.name == model.name), key=lambda row: row.prompt)
-        contexts = [row.prompt for row in own]
-        left.plot(contexts, [row.tokens_per_second for row in own], marker="o", label=model.name)
-        right.plot(contexts, [model.row_bytes(context) / 1e6 for context in contexts], marker="o", label=model.name)
+        speeds = {row.prompt: row.tokens_per_second for row in rows if row.name == model.name}
+        left.plot(contexts, [speeds[context] for context in contexts], marker="o", label=model.name)
+        known = remembered.get(kept := tuple(model.row_bytes(context) for context in contexts))
+        remembered[kept] = model.name if known is None else "every Mamba"  # their states are alike
+    for kept, name in remembered.items():
+        right.plot(contexts, [number / 1e6 for number in kept], marker="o", label=name)
     for axes, label in ((left, "tokens per second, batch 1"), (right, "megabytes that one row remembers")):
         axes.set_xscale("log", base=2)
+        axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
         axes.set_xlabel("context length (tokens)")
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    right.legend()
+        axes.legend()
     figure.savefig(file, dpi=120)
 
 
@@ -215,7 +232,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompts", type=int, nargs="+", default=[32, 800])
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[32])
-    parser.add_argument("--contexts", type=int, nargs="*", default=[128, 512, 2048], help="of the plots; none: no plots")
+    parser.add_argument(
+        "--contexts", type=int, nargs="*", default=[128, 512, 2048], help="of the plots; none: no plots"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gigabytes", type=float, default=0.5, help="of the block that bandwidth is measured with")
     parser.add_argument("--threads", type=int, help="threads; PyTorch's choice by default")
@@ -233,9 +252,8 @@ def main() -> None:
         return
 
     dtype = getattr(torch, options.dtype)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     speed = bandwidth(device, options.gigabytes, options.rounds)
-    about = f"{options.size} {options.dtype} on {device} ({machine}, {torch.get_num_threads()} threads, torch {torch.__version__})"
+    about = f"{options.size} {options.dtype} on {machine(device)}, torch {torch.__version__}"
     print(f"{about}: memory is read at {speed / 1e9:.1f} GB/s", flush=True)
     models = subjects(options.size, device, dtype, options.quantize, with_peers=not options.no_peers)
     vocab_size = SIZES[options.size].mamba.vocab_size

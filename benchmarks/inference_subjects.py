@@ -153,10 +153,12 @@ def transformers_llama(sizes: Sizes, device: torch.device, dtype: torch.dtype) -
     config = LlamaConfig(
         vocab_size=sizes.mamba.padded_vocab_size, hidden_size=sizes.width, num_hidden_layers=sizes.layers,
         num_attention_heads=sizes.heads, intermediate_size=sizes.inner, tie_word_embeddings=True,
-        max_position_embeddings=2**17, attn_implementation="sdpa",
+        max_position_embeddings=2**17,
     )  # fmt: skip
+    config._attn_implementation = "sdpa"
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(device, dtype).eval()
+    model: Any = LlamaForCausalLM(config)
+    model.to(device, dtype).eval()
     per_token = 2 * sizes.layers * sizes.width * dtype.itemsize
     return Subject(
         name="transformer (Llama)",

@@ -3,6 +3,7 @@
     python benchmarks/ops.py                # on the CPU and, where there is one, on the GPU
     python benchmarks/ops.py --slow         # also loops over time on the large shape: some minutes
     python benchmarks/ops.py --only scan --device cpu --threads 2 --json ops.json
+    python benchmarks/ops.py --only step    # what decoding one token consists of: fused, and in single operations
 
 Rows of one case compute the same thing; one whose outputs or gradients disagree with the reference is marked. They run
 in turns, and a time is the least of several, so that a busy machine troubles all alike.
@@ -12,6 +13,9 @@ in turns, and a time is the least of several, so that a busy machine troubles al
                caches between runs moves faster than that; a GPU's cache is overwritten before every run.
     GB/s       those bytes by the time
     peak       growth of memory during the call, results included (on the CPU: resident memory, Linux only)
+    fused      one token through some blocks, or a matrix times a few vectors, in the kernels of `cobra.ops.fused`;
+               beside them the same in single operations, and PyTorch's own product with a dequantised matrix. On a
+               GPU all of them run as CUDA graphs, as in decoding
     transformers   the recurrence of the slow path of transformers, which is no function there and is spelled out here
     mambapy    its parallel scan, which transformers can use instead
 """
@@ -31,6 +35,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from step_cases import as_graph, step_cases
 from torch import Tensor
 
 import cobra.ops
@@ -56,6 +61,7 @@ class Case:
     passes: tuple[str, ...] = ("forward", "forward+backward")
     bytes_moved: Mapping[str, int]
     exponentials: Mapping[str, int]
+    tolerance: float | None = None  # by the dtype if None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,10 +333,12 @@ def _agree(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: f
 
 def measure(case: Case, machine: Machine) -> list[Row]:
     device = machine.device
-    tolerance = 1e-4 if next(iter(case.tensors.values())).dtype == torch.float32 else 3e-2
+    tolerance = case.tolerance or (1e-4 if next(iter(case.tensors.values())).dtype == torch.float32 else 3e-2)
     rows: list[Row] = []
     for passes in case.passes:
         calls = {name: _call(function, case.tensors, passes) for name, function in case.functions.items()}
+        if device.type == "cuda" and "step" in case.operation and passes == "forward":
+            calls = {name: as_graph(call) for name, call in calls.items()}
         expected = _call(case.definition, case.tensors, passes)()
         agrees = {name: _agree(call(), expected, tolerance) for name, call in calls.items()}
         seconds = least_seconds(calls, device)
@@ -354,9 +362,9 @@ def measure(case: Case, machine: Machine) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     """One line per row; the ratios say how many times faster than that peer a row is."""
-    peers = ("torch", "mambapy", "transformers")
+    peers = ("torch", "single", "mambapy", "transformers")
     lines = [
-        f"{'':13} {'ms':>10} {'of floor':>9} {'GB/s':>7} {'peak MiB':>9}" + "".join(f"{'x ' + p:>15}" for p in peers)
+        f"{'':14} {'ms':>10} {'of floor':>9} {'GB/s':>7} {'peak MiB':>9}" + "".join(f"{'x ' + p:>15}" for p in peers)
     ]
     times = {(row.operation, row.shape, row.passes, row.name): row.milliseconds for row in rows}
     group = None
@@ -364,7 +372,7 @@ def table(rows: list[Row]) -> str:
         if group != (group := (row.operation, row.shape, row.passes)):
             lines.append(f"{row.operation} {list(row.shape)} {row.passes} on {row.device}, floor {row.floor:.3g} ms")
         peak = "" if row.peak is None else f"{row.peak:.0f}"
-        line = f"  {row.name:11} {row.milliseconds:10.3f} {row.floor / row.milliseconds:9.0%}"
+        line = f"  {row.name:12} {row.milliseconds:10.3f} {row.floor / row.milliseconds:9.0%}"
         line += f" {row.gigabytes_per_second:7.1f} {peak:>9}"
         for peer in peers:
             ratio = times.get((*group, peer), math.nan) / row.milliseconds
@@ -397,7 +405,7 @@ def main() -> None:
         machine = Machine(device=device, bytes_per_second=bandwidth, exponentials_per_second=rate)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         sys.stdout.write(f"{device}: {name}, {bandwidth / 1e9:.1f} GB/s copied, {rate / 1e9:.2f}e9 exponentials/s\n")
-        for case in cases(device, backends, options.slow):
+        for case in cases(device, backends, options.slow) + [Case(**given) for given in step_cases(device, backends)]:
             if options.only in case.operation:
                 rows += measure(case, machine)
     sys.stdout.write(table(rows) + "\n")

@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cobra.api import Cobra, load
     from cobra.errors import CobraError
+    from cobra.generation.prompts import Prompt
     from cobra.releases import available_models
 
-__all__ = ["Cobra", "CobraError", "available_models", "load"]
+__all__ = ["Cobra", "CobraError", "Prompt", "available_models", "load"]
 
 _HOMES = {
     "Cobra": "cobra.api",
     "CobraError": "cobra.errors",
+    "Prompt": "cobra.generation.prompts",
     "available_models": "cobra.releases",
     "load": "cobra.api",
 }

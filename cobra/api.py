@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,14 +13,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cobra.config import one_of
+from cobra.config import weight_format
 from cobra.errors import ConfigError, ShapeError
-from cobra.generation.engine import choice_probabilities, decode
+from cobra.generation.chat import Chat
+from cobra.generation.engine import choice_probabilities, decode, prefill, start_state
+from cobra.generation.options import GenerateOptions
+from cobra.generation.prompts import Prompt
 from cobra.generation.sampling import Sampling, SamplingOptions
 from cobra.generation.stopping import AnswerText, stop_strings
 from cobra.hub import open_image, upload_folder
 from cobra.loading import read_model, settings
 from cobra.models.export import check_replaceable, model_card
+from cobra.models.quantized import quantize_projections
 from cobra.models.state import MambaState, state_bytes
 from cobra.models.vlm import CobraVLM
 from cobra.models.weights import save_model_folder
@@ -56,13 +61,6 @@ class Pixels:
     views: list[torch.Tensor]
 
 
-class GenerateOptions(SamplingOptions, total=False):
-    """Keywords of `Cobra.generate`, which explains them, and of `Cobra.stream`."""
-
-    max_new_tokens: int
-    stop: str | Sequence[str]
-
-
 # A PIL image, a path, an http(s) URL, a uint8 array [height, width(, channels)], or what was made from one of these.
 ImageLike = Image.Image | str | Path | np.ndarray | Pixels | ImageState
 
@@ -85,6 +83,7 @@ class Cobra:
 
         Raises:
             CheckpointError: the folder exists and is not a model folder, or cannot be made.
+            ConfigError: the model is quantised.
         """
         if not isinstance(folder, (str, Path)):
             raise ConfigError(f"folder={folder!r} is no path; name the folder to write.")
@@ -105,33 +104,38 @@ class Cobra:
             return upload_folder(folder, repository, private=private, message="Upload a Cobra model")
 
     @overload
-    def generate(self, image: ImageLike | None, prompt: str, **options: Unpack[GenerateOptions]) -> str: ...
+    def generate(self, image: ImageLike | None, prompt: str | Prompt, **options: Unpack[GenerateOptions]) -> str: ...
 
     @overload
     def generate(
-        self, image: ImageLike | Sequence[ImageLike] | None, prompt: list[str], **options: Unpack[GenerateOptions]
+        self,
+        image: ImageLike | Sequence[ImageLike | None] | None,
+        prompt: list[str],
+        **options: Unpack[GenerateOptions],
     ) -> list[str]: ...
 
     @overload
     def generate(
         self,
-        image: ImageLike | Sequence[ImageLike] | None,
-        prompt: str | Sequence[str],
+        image: ImageLike | Sequence[ImageLike | None] | None,
+        prompt: str | Prompt | Sequence[str | Prompt],
         **options: Unpack[GenerateOptions],
     ) -> str | list[str]: ...
 
     @torch.inference_mode()
     def generate(
         self,
-        image: ImageLike | Sequence[ImageLike] | None,
-        prompt: str | Sequence[str],
+        image: ImageLike | Sequence[ImageLike | None] | None,
+        prompt: str | Prompt | Sequence[str | Prompt],
         **options: Unpack[GenerateOptions],
     ) -> str | list[str]:
         """Answer a question about an image; lists in, list out.
 
         Args:
-            image: one image or a list (`ImageLike`), or None for text alone. One image serves every prompt of a list.
-            prompt: one question or a list; one question is asked of every image of a list.
+            image: one image (`ImageLike`), or None for text alone, or a list of these. One image serves every prompt of
+                a list. It is read before the prompt.
+            prompt: one question or a list; one question is asked of every image of a list. A question is a string, or a
+                `cobra.Prompt` with images in the middle of its text.
             max_new_tokens: limit of the answer's length in tokens; 128.
             stop: a string or a list of strings. The answer ends before the first of them that appears in it. They are
                 compared with the text as the model writes it, white space at its beginning included.
@@ -157,9 +161,12 @@ class Cobra:
         answers = [text.finish() for text in texts]
         return answers if _is_list(image) or _is_list(prompt) else answers[0]
 
-    def stream(self, image: ImageLike | None, prompt: str, **options: Unpack[GenerateOptions]) -> Iterator[str]:
+    def stream(
+        self, image: ImageLike | None, prompt: str | Prompt, **options: Unpack[GenerateOptions]
+    ) -> Iterator[str]:
         """Yield the answer piece by piece; the pieces join to what `generate` returns. Arguments as in `generate`.
 
+        Closing the iterator ends the work.
         A character of several bytes is never cut, and nothing of a stop string is yielded: text that might be the
         beginning of one waits until that is decided.
 
@@ -173,18 +180,21 @@ class Cobra:
 
         def pieces() -> Iterator[str]:
             is_last = False
-            while not is_last:
-                with torch.inference_mode():  # not across a yield: the caller's code runs there
+            with closing(steps):
+                while not is_last:
                     is_last = next(steps, None) is None
-                piece = texts[0].finish() if is_last else texts[0].take()
-                if piece:
-                    yield piece
+                    piece = texts[0].finish() if is_last else texts[0].take()
+                    if piece:
+                        yield piece
 
         return pieces()
 
     @torch.inference_mode()
     def score(
-        self, image: ImageLike | Sequence[ImageLike] | None, prompt: str | Sequence[str], choices: Sequence[str]
+        self,
+        image: ImageLike | Sequence[ImageLike | None] | None,
+        prompt: str | Prompt | Sequence[str | Prompt],
+        choices: Sequence[str],
     ) -> Any:
         """Return the probability of each choice as the answer's first token; they sum to 1.
 
@@ -200,8 +210,7 @@ class Cobra:
             ConfigError: a choice is not a single token of this model's tokenizer.
         """
         choice_ids = self.choice_ids(choices)
-        state, prompts = self._pair(image, prompt)
-        ids = [self._encode(text) for text in prompts]
+        state, ids = self._read_prompts(image, prompt)
         rows = choice_probabilities(self.model.llm, ids, state, choice_ids).tolist()
         return rows if _is_list(image) or _is_list(prompt) else rows[0]
 
@@ -227,9 +236,10 @@ class Cobra:
         """Return how many questions about as many images should fit into memory at once: a power of two up to 512.
 
         A quarter of what the device has left beside the weights is for the rows' states, of which there are three at a
-        time: the image's, the row's own, and the one after the next token.
+        time: the image's, the row's own, and the one after the next token. (On a GPU up to three more, of captured
+        steps and of rows that move, are within the other quarters.)
         """
-        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        weights = sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
         free = total_memory(self.model.device) - weights
         rows = max(1, free // 4 // (3 * state_bytes(self.model.config.llm)))
         return min(MAX_BATCH_SIZE, 1 << (rows.bit_length() - 1))
@@ -259,17 +269,17 @@ class Cobra:
 
     def _answer(
         self,
-        image: ImageLike | Sequence[ImageLike] | None,
-        prompt: str | Sequence[str],
+        image: ImageLike | Sequence[ImageLike | None] | None,
+        prompt: str | Prompt | Sequence[str | Prompt],
         *,
         max_new_tokens: int = 128,
         stop: str | Sequence[str] = (),
         **sampling: Unpack[SamplingOptions],
-    ) -> tuple[list[AnswerText], Iterator[object]]:
+    ) -> tuple[list[AnswerText], Generator[object]]:
         """Return the texts of all answers, empty yet, and an iterator whose steps make them grow."""
         chosen, stops = Sampling(**sampling), stop_strings(stop)  # checked before an image is read
-        state, prompts = self._pair(image, prompt)
-        texts = [AnswerText(self.tokenizer.decode, stops) for _ in prompts]
+        state, ids = self._read_prompts(image, prompt)
+        texts = [AnswerText(self.tokenizer.decode, stops) for _ in ids]
 
         def is_over(row: int, token: int) -> bool:
             texts[row].add(token)
@@ -277,7 +287,7 @@ class Cobra:
 
         steps = decode(
             self.model.llm,
-            [self._encode(text) for text in prompts],
+            ids,
             state,
             max_new_tokens=max_new_tokens,
             end_id=self.tokenizer.end_id,
@@ -286,19 +296,43 @@ class Cobra:
         )
         return texts, steps
 
-    def _encode(self, message: str) -> list[int]:
-        return self.tokenizer.encode(self.prompt.question(message))
+    def _read_prompts(
+        self, image: ImageLike | Sequence[ImageLike | None] | None, prompt: str | Prompt | Sequence[str | Prompt]
+    ) -> tuple[MambaState | None, list[list[int]]]:
+        """Return for every answer wanted the state after its last image, and the tokens of the text that follows."""
+        state, prompts = self._pair(image, prompt)
+        texts = [one.framed(self.prompt) if isinstance(one, Prompt) else [self.prompt.question(one)] for one in prompts]
+        ids = [self.tokenizer.encode(parts[-1]) for parts in texts]
+        if not any(isinstance(one, Prompt) and one.images for one in prompts):
+            return state, ids
+        rows = [start_state(self.model.llm)] * len(prompts) if state is None else [state[[i]] for i in range(len(ids))]
+        for i, one in enumerate(prompts):
+            if isinstance(one, Prompt):
+                rows[i] = self._read_pieces(rows[i], texts[i], one.images)
+        return MambaState.concat(rows), ids
+
+    def _read_pieces(self, state: MambaState, texts: Sequence[str], images: Sequence[Any]) -> MambaState:
+        """Return the state after images and the text before each of them, one row."""
+        for text, image in zip(texts, images, strict=False):  # the last text has no image behind it
+            if isinstance(image, (ImageState, list, tuple)) or image is None:
+                raise ShapeError(f"An image in a prompt is one image and no state, not {type(image).__name__}.")
+            if ids := self.tokenizer.encode(text):
+                _, state = prefill(self.model.llm, [ids], state)
+            pixels = image if isinstance(image, Pixels) else self.prepare_image(image)
+            views = [view[None].to(self.model.device) for view in pixels.views]
+            _, state = self.model.llm(self.model.embed_images(views), state=state)
+        return state
 
     def _pair(
-        self, image: ImageLike | Sequence[ImageLike] | None, prompt: str | Sequence[str]
-    ) -> tuple[MambaState | None, list[str]]:
+        self, image: ImageLike | Sequence[ImageLike | None] | None, prompt: str | Prompt | Sequence[str | Prompt]
+    ) -> tuple[MambaState | None, list[str | Prompt]]:
         """Return a state row and a prompt for every answer wanted."""
-        prompts = list(prompt) if not isinstance(prompt, str) else [prompt]
+        prompts = [prompt] if isinstance(prompt, (str, Prompt)) else list(prompt)
         if not prompts:
             raise ShapeError("The list of prompts is empty.")
         if image is None:
             return None, prompts
-        images = self.encode_image(image)
+        images = self._states(image)
         if len(prompts) == 1:
             prompts = prompts * len(images)
         if len(images) == 1:
@@ -307,12 +341,43 @@ class Cobra:
             raise ShapeError(f"{len(images)} images and {len(prompts)} prompts; pass as many, or one of either.")
         return images.state, prompts
 
+    def _states(self, image: ImageLike | Sequence[ImageLike | None]) -> ImageState:
+        """Encode images; None in a list stands for the start of a text."""
+        if not isinstance(image, (list, tuple)) or all(one is not None for one in image):
+            return self.encode_image(image)  # type: ignore[arg-type]
+        start = start_state(self.model.llm)
+        given = [one for one in image if one is not None]
+        states = self.encode_image(given).state if given else start
+        order = iter(range(1, 1 + len(given)))
+        return ImageState(MambaState.concat([start, states])[[0 if one is None else next(order) for one in image]])
+
+    def chat(self, image: ImageLike | None = None, **options: Unpack[GenerateOptions]) -> Chat:
+        """Begin a conversation about an image, or of text alone: `chat.ask(question)`, `chat.stream(question)`.
+
+        The image is read once, here, and every turn once: it costs the same after a hundred others.
+
+        Args:
+            image: one image (`ImageLike`), or None.
+            options: as of `generate`, for every turn; a turn may bring its own.
+
+        Raises:
+            ShapeError: several images.
+            DataError: the image is missing or does not decode.
+            ConfigError: an option is out of its range.
+        """
+        if isinstance(image, (list, tuple)) or (isinstance(image, ImageState) and len(image) != 1):
+            raise ShapeError(f"A chat is about one image, and these are {len(image)}; begin a chat for each.")
+        source = str(image) if isinstance(image, (str, Path)) else None
+        prefix = None if image is None else self.encode_image(image).state
+        return Chat(self.model.llm, self.tokenizer, self.prompt, prefix, source=source, **options)
+
 
 def load(
     name: str | Path,
     *,
     device: str = "auto",
     dtype: str = "float32",
+    quantize: str | None = None,
     vision: Mapping[str, Any] | str | Path | None = None,
     llm: Mapping[str, Any] | str | Path | None = None,
 ) -> Cobra:
@@ -324,6 +389,9 @@ def load(
             folder that the environment variable COBRA_WEIGHTS names is searched before the Hub.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
         dtype: "float32" or "bfloat16", of the weights; the scan's own parameters and states stay float32.
+        quantize: "int8" or "int4", of the language model's projections and head, which are then smaller and faster to
+            read for every token: for answering only, neither to train nor to save. The rest keeps `dtype`. A scale for
+            every row (int8) or every 64 columns (int4). None: not at all.
         vision: settings of `cobra.config.VisionConfig` that replace what the model's own config says, as a mapping or a
             YAML file: for parts that its ids do not name, and for local weight files.
         llm: settings of `cobra.config.LLMConfig`, likewise.
@@ -332,12 +400,14 @@ def load(
         CheckpointError: the model is missing, incomplete, damaged or does not fit; the message says what to do.
         ConfigError: an argument, or a setting in one, is not known or has no effect.
     """
-    one_of("dtype", dtype, ("float32", "bfloat16"))
+    weight_format(dtype, quantize)
     target = pick_device(device)
     model, tokenizer = read_model(
         name, settings(vision, "vision"), settings(llm, "llm"), device=target, dtype=getattr(torch, dtype)
     )
     model.requires_grad_(False)
+    if quantize is not None:
+        quantize_projections(model.llm, quantize)
     return Cobra(model, tokenizer, model.config.name)
 
 

@@ -32,10 +32,13 @@ from yaml import YAMLError
 # Idle OpenMP threads must sleep: spinning ones take the cores away from the kernels' own threads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Hydra takes `model=...` for a choice in the config group of that name; in evaluate.yaml the setting is called `load`.
+# Hydra takes `model=...` for a choice in the config group of that name; where one is loaded, the setting is `load`.
 _ALIASES = {
     "evaluate": {"model": "load", "data_root": "paths.data"},
     "score": {"data_root": "paths.data"},
+    "generate": {"model": "load"},
+    "demo": {"model": "load"},
+    "serve": {"model": "load"},
     "prepare": {"data": "sets", "benchmark": "benchmarks", "data_root": "paths.data", "--dry-run": "dry_run=true"},
 }
 # Other spellings, understood and never shown.

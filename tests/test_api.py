@@ -17,6 +17,7 @@ from PIL import Image
 
 import cobra
 from cobra.errors import CheckpointError, ConfigError, DataError, ShapeError
+from cobra.models.quantized import is_quantized
 from cobra.models.vlm import CobraVLM
 from cobra.models.weights import save_model_folder
 from cobra.runtime import pick_device
@@ -326,6 +327,36 @@ def test_choices_need_a_tokenizer_that_has_them(
     assert isinstance(generate(vlm, paths[0]), str)
     with pytest.raises(ConfigError, match=r"'Yes' is 2 tokens in tokenizer\.json; choices must be single tokens"):
         vlm.score("absent.png", PROMPT, ["Yes", "No"])
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_quantised_models_answer_as_the_plain_one(
+    vlm: cobra.Cobra, trained_run: Path, paths: list[Path], tmp_path: Path, name: str
+) -> None:
+    quantised = cobra.load(trained_run, device="cpu", quantize=name)
+    assert is_quantized(quantised.model.llm) and not is_quantized(quantised.model.vision)
+    questions = [
+        PROMPT,
+        "what shape is in the image?",
+        "is there a red shape?",
+        "is there a circle shape in the image?",
+    ]
+    pairs = [(path, question) for path in paths for question in questions]
+    images, prompts = [path for path, _ in pairs], [question for _, question in pairs]
+    answers, expected = generate(quantised, images, prompts), generate(vlm, images, prompts)
+    equal = sum(a == b for a, b in zip(answers, expected, strict=True))
+    assert equal >= (len(pairs) - 1 if name == "int8" else len(pairs) // 2)
+    assert answers == [generate(quantised, path, question) for path, question in pairs]
+    assert "".join(quantised.stream(paths[0], PROMPT, max_new_tokens=12)) == answers[0]
+    assert sum(quantised.score(paths[0], PROMPT, ["Yes", "No"])) == pytest.approx(1)
+    with pytest.raises(ConfigError, match="A quantised model cannot be saved"):
+        quantised.save_pretrained(tmp_path / "model")
+    assert not any(tmp_path.iterdir())
+
+
+def test_unknown_quantisation_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(ConfigError, match="quantize='int2' is not known; choose one of int8, int4"):
+        cobra.load("absent", quantize="int2")
 
 
 def test_another_tokenizer_is_refused(

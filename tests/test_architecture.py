@@ -32,8 +32,10 @@ ALLOWED = {
     "data": {"text", "ranks"},
     "train": {"models", "data", "describe", "ranks"},
     "integrations": {"api"},
+    "serve": {"api"},
     "eval": {"api", "data", "ranks", "integrations"},
     "describe": {"config", "models", "__main__"},
+    "demo": {"api", "data", "eval"},
 }
 
 HOMES = {  # library: the only rooms that may import it
@@ -50,13 +52,20 @@ HOMES = {  # library: the only rooms that may import it
     "huggingface_hub": {"hub"},
     "requests": {"data"},
     "urllib3": {"data"},
+    "fastapi": {"serve"},
+    "h11": {"serve"},
+    "pydantic": {"serve"},
+    "starlette": {"serve"},
+    "uvicorn": {"serve"},
     "hydra": set(),
     "transformers": {"integrations"},
     "lmms_eval": {"integrations"},
+    "gradio": {"demo"},
 }
 
 # Never at module level: what a user may not have, and what is slow to import and rarely needed.
 OPTIONAL = {"wandb", "mamba_ssm", "causal_conv1d", "triton", "easy_vqa", "transformers", "huggingface_hub", "lmms_eval"}
+OPTIONAL |= {"gradio"}
 
 # Loaded only by the library that it plugs into, whose classes it inherits from.
 PLUGIN = PACKAGE / "integrations" / "lmms_eval" / "model.py"

@@ -4,11 +4,15 @@ Behind the door nobody sees a dict: unknown keys, wrong types, missing values an
 refused by name. The YAML files in `configs/` hold the values; this package says what may stand in them.
 """
 
-from cobra.config.checks import nearest, one_of
+from cobra.config.checks import DTYPES, QUANTIZED, nearest, one_of, weight_format
 from cobra.config.door import as_config, as_dict, flatten, read_yaml
 from cobra.config.journeys import (
     SUBSETS,
+    AskConfig,
+    DemoConfig,
+    DemoPromptsConfig,
     EvaluateConfig,
+    GenerateConfig,
     PathsConfig,
     PrepareConfig,
     PretrainConfig,
@@ -27,6 +31,7 @@ from cobra.config.model import (
     TowerConfig,
     VisionConfig,
 )
+from cobra.config.serve import ServeConfig
 from cobra.config.train import (
     LORA_TARGETS,
     STAGES,
@@ -38,14 +43,20 @@ from cobra.config.train import (
 )
 
 __all__ = [
+    "DTYPES",
     "LORA_TARGETS",
     "PROJECTOR_KINDS",
+    "QUANTIZED",
     "RESIZE_STRATEGIES",
     "STAGES",
     "SUBSETS",
+    "AskConfig",
     "DataConfig",
     "DataSetConfig",
+    "DemoConfig",
+    "DemoPromptsConfig",
     "EvaluateConfig",
+    "GenerateConfig",
     "LLMConfig",
     "LoraConfig",
     "ModelConfig",
@@ -56,6 +67,7 @@ __all__ = [
     "ProjectorConfig",
     "RunConfig",
     "ScoreConfig",
+    "ServeConfig",
     "TowerConfig",
     "TrackerConfig",
     "TrainConfig",
@@ -68,4 +80,5 @@ __all__ = [
     "nearest",
     "one_of",
     "read_yaml",
+    "weight_format",
 ]

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 from cobra.errors import ConfigError
 
+DTYPES = ("float32", "bfloat16")  # of weights
+QUANTIZED = {"int8": 8, "int4": 4}  # names of weights of fewer bits
+
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return ` Did you mean '...'?` for the closest of `choices`, or an empty string when none is close."""
@@ -33,3 +36,10 @@ def not_negative(key: str, value: float) -> None:
     """Raise ConfigError if `value` is less than 0."""
     if not value >= 0:
         raise ConfigError(f"{key}={value} must not be negative.")
+
+
+def weight_format(dtype: str, quantize: str | None) -> None:
+    """Refuse dtypes and quantisations of weights that `cobra.load` does not know."""
+    one_of("dtype", dtype, DTYPES)
+    if quantize is not None:
+        one_of("quantize", quantize, QUANTIZED)

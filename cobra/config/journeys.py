@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from cobra.config.checks import not_negative, one_of, positive
+from cobra.config.checks import not_negative, one_of, positive, weight_format
 from cobra.config.model import ModelConfig
 from cobra.config.train import DataConfig, ParallelConfig, TrainConfig
 from cobra.errors import ConfigError
@@ -99,6 +99,7 @@ class EvaluateConfig:
     subset: str | None = None  # a name in SUBSETS
     device: str = "auto"
     dtype: str = "float32"
+    quantize: str | None = None  # a name in QUANTIZED: weights of fewer bits, as cobra.load takes them
     ops: str = "auto"  # as parallel.ops
     output: str | None = None
     processes: int | None = None  # started on this machine; null: one per GPU. Ignored below torchrun and SLURM
@@ -107,7 +108,7 @@ class EvaluateConfig:
     llm: Any = None
 
     def __post_init__(self) -> None:
-        one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        weight_format(self.dtype, self.quantize)
         one_of("on_missing", self.on_missing, ("error", "skip"))
         if self.subset is not None:
             one_of("subset", self.subset, SUBSETS)
@@ -164,3 +165,69 @@ class PrepareConfig:
         positive("connections", self.connections)
         if not (self.sets or self.benchmarks or self.own.annotations):
             raise ConfigError("Nothing to prepare: give data=NAME, benchmark=NAME or own.annotations=FILE; see --help.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskConfig:
+    """What `scripts/generate.py` and `scripts/demo.py` share: a model, and where it runs."""
+
+    load: str  # what cobra.load takes; `model=...` on the command line
+    device: str = "auto"
+    dtype: str = "float32"
+    quantize: str | None = None  # a name in QUANTIZED: weights of fewer bits, as cobra.load takes them
+    ops: str = "auto"  # as parallel.ops
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    vision: Any = None  # a mapping or a YAML file, as cobra.load takes them
+    llm: Any = None
+
+    def __post_init__(self) -> None:
+        weight_format(self.dtype, self.quantize)
+        positive("max_new_tokens", self.max_new_tokens)
+        not_negative("temperature", self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(AskConfig):
+    """Everything that `scripts/generate.py` needs."""
+
+    image: str | None = None  # path or URL
+    prompt: str | None = None  # None: a chat
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: list[str] = field(default_factory=list[str])
+    history: str | None = None  # file of the questions typed before
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoPromptsConfig:
+    """What is asked for `{question}` on each page of the demo."""
+
+    short: str
+    judge: str
+    box: str
+
+    def __post_init__(self) -> None:
+        for key in ("short", "judge", "box"):
+            if "{question}" not in getattr(self, key):
+                raise ConfigError(f"prompts.{key}={getattr(self, key)!r} must hold {{question}}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(AskConfig):
+    """Everything that `scripts/demo.py` needs."""
+
+    prompts: DemoPromptsConfig
+    host: str = "127.0.0.1"
+    port: int = 7860  # 0: any that is free
+    share: bool = False
+    max_image_mb: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("max_image_mb", self.max_image_mb)
+        if not 0 <= self.port < 2**16:
+            raise ConfigError(f"port={self.port} must be in 0 (any free one) to 65535.")

@@ -29,6 +29,7 @@ def open_model(
     *,
     device: str = "auto",
     dtype: str = "float32",
+    quantize: str | None = None,
     vision: Mapping[str, Any] | str | Path | None = None,
     llm: Mapping[str, Any] | str | Path | None = None,
 ) -> NamedAnswerer:
@@ -39,7 +40,8 @@ def open_model(
             `device` and `dtype`), or whatever `cobra.load` takes.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         dtype: "float32" or "bfloat16".
-        vision: as in `cobra.load`, for its models alone.
+        quantize: as in `cobra.load`, for its models alone.
+        vision: likewise.
         llm: likewise.
 
     Raises:
@@ -47,10 +49,10 @@ def open_model(
         CheckpointError: there is no such model, or it is damaged.
     """
     if not name.startswith((TRANSFORMERS, PYTHON)):
-        return load(name, device=device, dtype=dtype, vision=vision, llm=llm)
-    if vision or llm:
+        return load(name, device=device, dtype=dtype, quantize=quantize, vision=vision, llm=llm)
+    if vision or llm or quantize:
         raise ConfigError(
-            f"vision and llm have no effect on {name}; they are settings of Cobra models. Leave them out."
+            f"quantize, vision and llm have no effect on {name}; they are settings of Cobra models. Leave them out."
         )
     if name.startswith(TRANSFORMERS):
         return load_transformers(name.removeprefix(TRANSFORMERS), device=device, dtype=dtype)

@@ -72,7 +72,14 @@ def _evaluate(
     for task in tasks:
         stores.append(_open_store(config, task, fingerprint, ranks))
         open_stores.callback(stores[-1].close)
-    model = open_model(config.load, device=config.device, dtype=config.dtype, vision=config.vision, llm=config.llm)
+    model = open_model(
+        config.load,
+        device=config.device,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        vision=config.vision,
+        llm=config.llm,
+    )
     for task in tasks:
         _check_choices(model, task)
     results: list[dict[str, Any]] = []
@@ -118,7 +125,7 @@ def _task(config: EvaluateConfig, benchmark: Benchmark, *, is_one_of_several: bo
 
 
 def _open_store(config: EvaluateConfig, task: Task, fingerprint: Mapping[str, Any], ranks: Ranks) -> AnswerStore:
-    made_with = {**fingerprint, "benchmark": task.benchmark.name, "dtype": config.dtype}
+    made_with = {**fingerprint, "benchmark": task.benchmark.name, **_weight_format(config)}
     store = AnswerStore(task.folder, made_with, task.benchmark, task.every_question, ranks)
     if task.missing and ranks.is_first:
         file = task.folder / "missing_images.txt"
@@ -152,7 +159,7 @@ def _run(
         )
 
     scores = benchmark.score(store.answers, questions)
-    facts: dict[str, Any] = {"benchmark": benchmark.name, "model": config.load, "dtype": config.dtype}
+    facts: dict[str, Any] = {"benchmark": benchmark.name, "model": config.load, **_weight_format(config)}
     facts |= {
         "limit": config.limit,
         "subset": config.subset,
@@ -215,4 +222,9 @@ def _display_name(config: EvaluateConfig) -> str:
     folder, runs = Path(config.load).expanduser().resolve(), Path(config.paths.runs).resolve()
     step = f"/{folder.name}" if is_sharded(folder) else ""
     folder = folder.parent.parent if step else folder
-    return (folder.relative_to(runs).as_posix() if folder.is_relative_to(runs) else folder.name) + step
+    quantized = "" if config.quantize is None else f"-{config.quantize}"
+    return (folder.relative_to(runs).as_posix() if folder.is_relative_to(runs) else folder.name) + step + quantized
+
+
+def _weight_format(config: EvaluateConfig) -> dict[str, Any]:
+    return {"dtype": config.dtype} | ({} if config.quantize is None else {"quantize": config.quantize})

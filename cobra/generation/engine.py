@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from cobra.errors import ConfigError, NumericsError
-from cobra.generation.sampling import NOT_FINITE, Sampler, Sampling
+from cobra.generation.graph import lent_stepper
+from cobra.generation.rows import Request, Running, next_logits
+from cobra.generation.sampling import Sampling
 from cobra.models.mamba import MambaLM
 from cobra.models.state import MambaState
 
@@ -39,22 +43,31 @@ def prefill(
     if chunk < 1:
         raise ConfigError(f"chunk={chunk} must be at least 1 token.")
     if max(len(prompt) for prompt in prompts) <= chunk:
-        last, after = _read(llm, prompts, state)
+        last, after = read(llm, prompts, state)
     else:
         last, after = _read_in_chunks(llm, prompts, state, chunk)
-    return _next_logits(llm, last), after
+    return next_logits(llm, last), after
+
+
+def start_state(llm: MambaLM) -> MambaState:
+    """Return the state before any token, one row: the same as none."""
+    config, weight = llm.config, llm.backbone.embedding.weight
+    conv = weight.new_zeros(1, config.d_conv - 1, config.d_inner)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    ssm = weight.new_zeros(1, config.d_inner, config.d_state, dtype=dtype)
+    return MambaState([conv] * config.num_layers, [ssm] * config.num_layers)
 
 
 def _read_in_chunks(
     llm: MambaLM, prompts: Sequence[Sequence[int]], state: MambaState | None, chunk: int
 ) -> tuple[Tensor, MambaState]:
-    """As `_read`; the longest prompts come first, so that those that have ended leave from the batch's end."""
+    """As `read`; the longest prompts come first, so that those that have ended leave from the batch's end."""
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     left = [prompts[row] for row in order]
     after = None if state is None else state[order]
     ended: list[tuple[Tensor, MambaState]] = []
     for start in range(0, len(left[0]), chunk):
-        last, after = _read(llm, [prompt[start : start + chunk] for prompt in left], after)
+        last, after = read(llm, [prompt[start : start + chunk] for prompt in left], after)
         going_on = sum(len(prompt) > start + chunk for prompt in left)
         if going_on < len(left):
             ended.append((last[going_on:], after[going_on:]))
@@ -65,7 +78,7 @@ def _read_in_chunks(
     return hidden[back], MambaState.concat([state for _, state in reversed(ended)])[back]
 
 
-def _read(llm: MambaLM, prompts: Sequence[Sequence[int]], state: MambaState | None) -> tuple[Tensor, MambaState]:
+def read(llm: MambaLM, prompts: Sequence[Sequence[int]], state: MambaState | None) -> tuple[Tensor, MambaState]:
     """Return the hidden state of each row's last token [B, D], and the state after it."""
     device = llm.backbone.embedding.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -86,8 +99,11 @@ def decode(
     end_id: int,
     sampling: Sampling,
     is_over: Callable[[int, int], bool] | None = None,
-) -> Iterator[list[tuple[int, int]]]:
-    """Continue prompts; yield the (row, token id) pairs of each step.
+    on_end: Callable[[int, MambaState], None] | None = None,
+) -> Generator[list[tuple[int, int]]]:
+    """Continue prompts; yield (row, token id) pairs, a row's in order: those of each step, or of several on a GPU.
+
+    Closing the iterator ends the work.
 
     Args:
         prompts, state: as in `prefill`.
@@ -95,6 +111,7 @@ def decode(
         end_id: the token that ends a row; it is not yielded.
         sampling: how tokens are chosen.
         is_over: told each row and token once, in order, before they are yielded; True ends the row after this token.
+        on_end: told each row that ends and its state after the prompt and all tokens, before the last are yielded.
 
     Raises:
         ConfigError: at once, a limit below 1, prompts that `prefill` refuses, or seeds for another number of rows.
@@ -103,30 +120,40 @@ def decode(
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     _check_prompts(llm, prompts)
-    sampler = Sampler(sampling, prompts, llm.config.vocab_size, llm.backbone.embedding.weight.device)
+    samplings = sampling.per_row(len(prompts))
 
-    def steps() -> Iterator[list[tuple[int, int]]]:
-        logits, after = prefill(llm, prompts, state)
-        rows = list(range(len(prompts)))
-        for i in range(max_new_tokens):
-            tokens = sampler.choose(logits)
-            chosen = list(zip(rows, tokens.tolist(), strict=True))  # the only time in a step that the device is awaited
-            for row, token in chosen:
-                if token == NOT_FINITE:
-                    raise _not_finite(llm, f"token {i + 1} of answer {row}")
-            pairs = [(row, token) for row, token in chosen if token != end_id]
-            left = {row for row, token in pairs if is_over is None or not is_over(row, token)}
-            if pairs:
-                yield pairs
-            if not left or i + 1 == max_new_tokens:
-                return
-            if len(left) < len(rows):
-                kept = torch.tensor([n for n, row in enumerate(rows) if row in left], device=tokens.device)
-                rows = [row for row in rows if row in left]
-                tokens, after = tokens[kept], after[kept]
-                sampler.keep(kept)
-            hidden, after = llm.step(tokens, after)
-            logits = _next_logits(llm, hidden)
+    def told(row: int) -> Callable[[int], bool] | None:
+        return None if is_over is None else partial(is_over, row)
+
+    requests = [
+        Request(
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=samplings[row],
+            is_over=told(row),
+            keep_state=on_end is not None,
+        )
+        for row, prompt in enumerate(prompts)
+    ]
+
+    def steps() -> Generator[list[tuple[int, int]]]:
+        counts = Counter[int]()
+        with lent_stepper(llm) as stepper:
+            running = Running(llm, end_id, stepper)
+            with torch.inference_mode():  # not across a yield: the caller's code runs there
+                events = running.begin(list(enumerate(requests)), *prefill(llm, prompts, state))
+            while events:
+                for event in events:
+                    if event.finish == "error":
+                        raise _not_finite(llm, f"token {counts[event.ticket] + 1} of answer {event.ticket}")
+                    counts[event.ticket] += 1
+                    if on_end is not None and event.state is not None:
+                        on_end(event.ticket, event.state)
+                pairs = [(event.ticket, event.token) for event in events if event.token is not None]
+                if pairs:
+                    yield pairs
+                with torch.inference_mode():
+                    events = running.advance()
 
     return steps()
 
@@ -140,7 +167,7 @@ def choice_probabilities(
         ConfigError: no choices, one that is no token, or prompts that `prefill` refuses.
         NumericsError: logits that are NaN or infinite.
     """
-    _check_ids(llm, "choice_ids", choice_ids)
+    check_ids(llm, "choice_ids", choice_ids)
     logits, _ = prefill(llm, prompts, state)
     logits = logits[:, list(choice_ids)].float()
     if not bool(logits.isfinite().all()):
@@ -152,10 +179,11 @@ def _check_prompts(llm: MambaLM, prompts: Sequence[Sequence[int]]) -> None:
     if not prompts:
         raise ConfigError("There are no prompts; pass at least one.")
     for row, prompt in enumerate(prompts):
-        _check_ids(llm, f"Prompt {row}", prompt)
+        check_ids(llm, f"Prompt {row}", prompt)
 
 
-def _check_ids(llm: MambaLM, name: str, ids: Sequence[int]) -> None:
+def check_ids(llm: MambaLM, name: str, ids: Sequence[int]) -> None:
+    """Raise ConfigError unless there are ids, and all are tokens."""
     if not ids:
         raise ConfigError(f"{name} is empty; there must be at least one token.")
     for token in (min(ids), max(ids)):
@@ -164,11 +192,6 @@ def _check_ids(llm: MambaLM, name: str, ids: Sequence[int]) -> None:
                 f"{name} holds token {token}, outside of the {llm.config.vocab_size} tokens that the model knows; "
                 "tokenise with the model's own tokenizer."
             )
-
-
-def _next_logits(llm: MambaLM, hidden: Tensor) -> Tensor:
-    """Hidden states [B, D] -> logits [B, V]; the embedding's padding rows are no tokens and take no part."""
-    return llm.head(hidden)[:, : llm.config.vocab_size]
 
 
 def _not_finite(llm: MambaLM, place: str) -> NumericsError:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from cobra.config import one_of
+from cobra.config import DTYPES, one_of
 from cobra.errors import CheckpointError, ConfigError, NumericsError, ShapeError
 from cobra.hub import open_image
 from cobra.runtime import pick_device
@@ -147,7 +147,7 @@ def load_transformers(name: str, *, device: str = "auto", dtype: str = "float32"
         ConfigError: transformers is not installed, or an argument is not known.
         CheckpointError: transformers cannot load it.
     """
-    one_of("dtype", dtype, ("float32", "bfloat16"))
+    one_of("dtype", dtype, DTYPES)
     target = pick_device(device)
     try:
         from transformers import AutoModelForImageTextToText, AutoProcessor

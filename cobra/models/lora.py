@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from cobra.config import LORA_TARGETS, LoraConfig
 from cobra.errors import CheckpointError, ConfigError
 from cobra.models.mamba import MambaBlock
+from cobra.models.quantized import is_quantized
 from cobra.models.vlm import CobraVLM
 
 EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"  # one tensor, so one adapter: the head's
@@ -77,8 +78,10 @@ def attach_adapters(model: CobraVLM, config: LoraConfig, generator: torch.Genera
         generator: of the adapters' fresh weights.
 
     Raises:
-        ConfigError: the model has adapters already.
+        ConfigError: the model has adapters already, or is quantised.
     """
+    if is_quantized(model):
+        raise ConfigError("Adapters do not fit a quantised model; load it without quantize to train it.")
     if has_adapters(model):
         raise ConfigError("The model has adapters already; merge them (merge_adapters) before attaching others.")
     llm = model.llm.requires_grad_(False)

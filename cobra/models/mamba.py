@@ -21,15 +21,26 @@ from torch.utils.checkpoint import checkpoint
 from cobra import ops
 from cobra.config import LLMConfig
 from cobra.errors import ConfigError, ShapeError
+from cobra.models.quantized import QuantizedLinear
 from cobra.models.state import MambaState
 from cobra.ops import fused
 from cobra.ops.fused import BlockWeights
+from cobra.ops.quantized import QuantizedWeight
 
 
 def _is_plain(module: Any, kind: type[nn.Module]) -> bool:
     """Whether a module is no adapter, sharded or changed in another way: then it does what its weights say."""
     own = module.__dict__
     return type(module) is kind and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
+
+
+def _plain_weight(module: Any) -> Tensor | QuantizedWeight | None:
+    """The weight of a projection that does nothing but multiply with it, else None."""
+    if _is_plain(module, QuantizedLinear):
+        return module.quantized_weight
+    if not _is_plain(module, nn.Linear) or module._parameters["bias"] is not None:
+        return None
+    return module._parameters["weight"]
 
 
 class RMSNormWeight(nn.Module):
@@ -173,32 +184,35 @@ class MambaBlock(nn.Module):
         inner: dict[str, Any] = self.mixer._modules
         own: dict[str, Any] = self.mixer._parameters
         norm, conv = outer["norm"], inner["conv1d"]
-        linear = [inner[name] for name in ("in_proj", "x_proj", "dt_proj", "out_proj")]
-        if not (
-            _is_plain(self, MambaBlock)
-            and _is_plain(self.mixer, MambaMixer)
-            and _is_plain(norm, RMSNormWeight)
-            and _is_plain(conv, nn.Conv1d)
-            and all(_is_plain(inner[name], nn.Linear) for name in ("in_proj", "x_proj", "out_proj"))
-            and _is_plain(inner["dt_proj"], StepSize)
-            and norm.eps == eps
+        in_proj, x_proj, out_proj = (_plain_weight(inner[name]) for name in ("in_proj", "x_proj", "out_proj"))
+        if (
+            in_proj is None
+            or x_proj is None
+            or out_proj is None
+            or not (
+                _is_plain(self, MambaBlock)
+                and _is_plain(self.mixer, MambaMixer)
+                and _is_plain(norm, RMSNormWeight)
+                and _is_plain(conv, nn.Conv1d)
+                and _is_plain(inner["dt_proj"], StepSize)
+                and norm.eps == eps
+            )
         ):
             return None
-        in_proj, x_proj, dt_proj, out_proj = (module._parameters for module in linear)
-        has_bias = [parameters["bias"] is not None for parameters in (in_proj, x_proj, out_proj)]
-        if any(has_bias) or dt_proj["bias"] is None or conv._parameters["bias"] is None:
+        dt_proj = inner["dt_proj"]._parameters
+        if dt_proj["bias"] is None or conv._parameters["bias"] is None:
             return None
         return BlockWeights(
             norm=norm._parameters["weight"],
-            in_proj=in_proj["weight"],
+            in_proj=in_proj,
             conv_weight=conv._parameters["weight"],
             conv_bias=conv._parameters["bias"],
-            x_proj=x_proj["weight"],
+            x_proj=x_proj,
             dt_proj=dt_proj["weight"],
             dt_bias=dt_proj["bias"],
             A_log=own["A_log"],
             D=own["D"],
-            out_proj=out_proj["weight"],
+            out_proj=out_proj,
         )
 
 

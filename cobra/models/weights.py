@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from cobra.config import ModelConfig, as_config, as_dict
 from cobra.errors import CheckpointError, ConfigError
+from cobra.models.quantized import is_quantized
 from cobra.models.readers import Weights, read_json, read_weights, reading
 from cobra.models.vlm import CobraVLM
 from cobra.runtime import flush_to_disk
@@ -254,7 +255,15 @@ def save_model_folder(
         tokenizer_file: is copied.
         folder: is replaced.
         tensors: stand in for the model's own, such as those gathered from a sharded model.
+
+    Raises:
+        ConfigError: the model is quantised.
     """
+    if is_quantized(model):
+        raise ConfigError(
+            "A quantised model cannot be saved: what was rounded away is lost. Load it without quantize to save it, "
+            "and quantise the saved one whenever it is loaded."
+        )
     with whole_folder(folder) as temporary:
         state = untied_state(model) if tensors is None else tensors
         state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}

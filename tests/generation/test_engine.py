@@ -11,43 +11,20 @@ import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from cobra.config import LLMConfig
 from cobra.errors import ConfigError, NumericsError
-from cobra.generation import sampling as sampling_module
 from cobra.generation.engine import choice_probabilities, decode, prefill
 from cobra.generation.sampling import Sampling
 from cobra.models.mamba import MambaLM
 from cobra.models.state import MambaState
 
-VOCAB, PADDED = 101, 104
-NO_END = -5  # an end token that is never chosen
+from .models import NO_END, VOCAB, full_pass, make_lm, make_prompts, make_state
+
 ROUNDING = 1e-10  # float64 sums of some hundred terms of size 1, in another order
 
 
 @pytest.fixture
 def lm() -> MambaLM:
-    """A model in which every parameter matters; its head is not tied, as a random tied model repeats what it reads."""
-    config = LLMConfig(d_model=32, num_layers=2, vocab_size=VOCAB, tokenizer="", prompt="mamba")
-    lm = MambaLM(config)
-    generator = torch.Generator().manual_seed(0)
-    lm.init_weights(generator)
-    with torch.no_grad():
-        for name, parameter in lm.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter += (0.1 if parameter.ndim == 1 or name.endswith("A_log") else 0.15) * noise
-        lm.lm_head.weight = torch.nn.Parameter(torch.randn(PADDED, 32, generator=generator))
-    return lm.double().requires_grad_(False)
-
-
-def make_prompts(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(VOCAB, (length,), generator=generator).tolist() for length in lengths]
-
-
-def make_state(lm: MambaLM, rows: int) -> MambaState:
-    """What rows of five random tokens leave behind."""
-    ids = torch.randint(VOCAB, (rows, 5), generator=torch.Generator().manual_seed(2))
-    return lm(lm.embed(ids))[1]
+    return make_lm()
 
 
 def run(
@@ -74,11 +51,6 @@ def run(
         for row, token in step:
             answers[row].append(token)
     return answers
-
-
-def full_pass(lm: MambaLM, ids: Sequence[int]) -> Tensor:
-    """Logits of the next token, [1, VOCAB], from one pass over everything."""
-    return lm.head(lm(lm.embed(torch.tensor([ids])))[0][:, -1])[:, :VOCAB]
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 12, 13, 100])
@@ -116,9 +88,8 @@ def test_greedy_batch_equals_full_passes_of_each_row(lm: MambaLM) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_p": 0.95, "repetition_penalty": 1.2, "seed": 3}])
-def test_rows_do_not_depend_on_the_batch(lm: MambaLM, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_do_not_depend_on_the_batch(lm: MambaLM, options: dict[str, Any]) -> None:
     """Rows finish at different steps, some by the end token and some by `is_over`, and leave the batch."""
-    monkeypatch.setattr(sampling_module, "DRAWN_AHEAD", 3)  # several blocks of random numbers
     prompts, seed = make_prompts(7, 1, 13, 5, 3, 9), options.get("seed", 0)
     state = make_state(lm, len(prompts))
     free = run(lm, prompts, state, **options)
@@ -163,12 +134,11 @@ def test_seeds_belong_to_rows(lm: MambaLM) -> None:
     assert run(lm, prompts, temperature=2.0, seed=5)[:2] == [answers[1], answers[3]]
 
 
-def test_longer_limit_continues_the_same_answer(lm: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling_module, "DRAWN_AHEAD", 4)
+def test_longer_limit_continues_the_same_answer(lm: MambaLM) -> None:
     prompts = make_prompts(6, 3)
     short, long = (run(lm, prompts, temperature=2.0, max_new_tokens=n) for n in (6, 15))
     assert short == [answer[:6] for answer in long]
-    assert all(len(set(zip(*[iter(answer[:12])] * 4, strict=True))) == 3 for answer in long)  # no block is used twice
+    assert all(len(set(zip(*[iter(answer[:12])] * 4, strict=True))) == 3 for answer in long)  # no draws come twice
 
 
 @pytest.mark.parametrize("penalty", [1.5, 0.6])

@@ -20,7 +20,7 @@ from transformers import (
 
 from cobra.errors import ConfigError
 from cobra.generation import sampling as module
-from cobra.generation.sampling import Sampler, Sampling, SamplingOptions, draw, penalize, probabilities
+from cobra.generation.sampling import Sampler, Sampling, SamplingOptions, draw, penalize, splitmix, uniforms
 
 ROWS, VOCAB = 16, 300
 CPU = torch.device("cpu")
@@ -36,6 +36,16 @@ THEIRS: dict[str, Any] = {  # in the order in which transformers' generate appli
 
 def make_logits(scale: float = 3.0) -> Tensor:
     return scale * torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Ours, with the same sampling in all rows."""
+    sampler = make_sampler(sampling, [[0]] * len(logits), logits.shape[1])
+    return module.probabilities(logits, sampler.options, sampler.filters)
+
+
+def make_sampler(sampling: Sampling, prompts: list[list[int]], vocab_size: int) -> Sampler:
+    return Sampler(sampling.per_row(len(prompts)), prompts, vocab_size, CPU)
 
 
 def warped(logits: Tensor, **options: Any) -> Tensor:
@@ -96,7 +106,9 @@ def test_penalty_equals_transformers(penalty: float) -> None:
     logits, ids = make_logits(), torch.randint(VOCAB, (ROWS, 40), generator=torch.Generator().manual_seed(1))
     seen = torch.zeros(ROWS, VOCAB, dtype=torch.bool).scatter(1, ids, True)
     theirs = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())  # type: ignore[arg-type]
-    torch.testing.assert_close(penalize(logits, seen, penalty), theirs, rtol=1e-15, atol=0)
+    torch.testing.assert_close(
+        penalize(logits, seen, torch.full([ROWS], penalty, dtype=torch.float64)), theirs, rtol=1e-15, atol=0
+    )
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-30, 1e300])
@@ -111,7 +123,7 @@ def test_draws_follow_the_distribution() -> None:
     """16384 draws, 64 rows of 256 steps. Five standard deviations: one of 40 tokens leaves them once in 40,000 runs."""
     logits = 2 * torch.randn(1, 40, generator=torch.Generator().manual_seed(0)).expand(64, 40)
     sampling = Sampling(temperature=1.5, min_p=0.05, seed=11)
-    sampler = Sampler(sampling, [[0]] * 64, 40, CPU)
+    sampler = make_sampler(sampling, [[0]] * 64, 40)
     drawn = torch.stack([sampler.choose(logits) for _ in range(256)])
     share = torch.bincount(drawn.flatten(), minlength=40) / drawn.numel()
     expected = probabilities(logits[:1], sampling)[0]
@@ -123,10 +135,33 @@ def test_draws_follow_the_distribution() -> None:
 
 def test_first_draws_of_neighbouring_seeds_are_independent() -> None:
     """4096 rows; the standard deviations are those of uniform numbers: 1/sqrt(12 n) of a mean, 1/sqrt(n) of r."""
-    numbers = next(module._uniforms(range(4096), CPU))
+    numbers = uniforms(torch.arange(4096), torch.zeros(4096, dtype=torch.int64))
     assert bool(((numbers >= 0) & (numbers < 1)).all())
     assert abs(float(numbers.mean()) - 0.5) < 4 / math.sqrt(12 * 4096)
     assert abs(float(torch.corrcoef(torch.stack([numbers[1:], numbers[:-1]]))[0, 1])) < 4 / math.sqrt(4096)
+
+
+def test_numbers_of_a_stream_are_independent() -> None:
+    numbers = uniforms(torch.full([4096], 7), torch.arange(4096))
+    assert bool(((numbers >= 0) & (numbers < 1)).all()) and numbers.unique().numel() == 4096
+    assert abs(float(numbers.mean()) - 0.5) < 4 / math.sqrt(12 * 4096)
+    assert abs(float(torch.corrcoef(torch.stack([numbers[1:], numbers[:-1]]))[0, 1])) < 4 / math.sqrt(4096)
+
+
+@pytest.mark.parametrize("seed", [0, 1234567, 2**63 - 1])
+def test_numbers_are_those_of_splitmix64(seed: int) -> None:
+    """The generator in Python's integers; its first number for 1234567 is published in several places."""
+
+    def scramble(state: int) -> int:
+        z = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return z ^ (z >> 31)
+
+    assert scramble(1234567) == 6457827717110365317
+    assert int(splitmix(torch.tensor([seed]))) % 2**64 == scramble(seed)
+    expected = [(scramble(scramble(seed) + step * 0x9E3779B97F4A7C15) >> 11) / 2**53 for step in range(5)]
+    assert uniforms(torch.full([5], seed), torch.arange(5)).tolist() == expected
 
 
 BELOW_1 = 1 - 2**-53
@@ -166,7 +201,7 @@ def test_impossible_tokens_are_never_drawn() -> None:
 
 def test_greedy_takes_the_likeliest_after_the_penalty() -> None:
     logits = torch.tensor([[3.0, 2.0, -1.0]] * 2)
-    sampler = Sampler(Sampling(repetition_penalty=2.0), [[0], [2]], 3, CPU)
+    sampler = make_sampler(Sampling(repetition_penalty=2.0), [[0], [2]], 3)
     chosen = [sampler.choose(logits).tolist() for _ in range(3)]
     assert chosen == [[1, 0], [0, 1], [0, 0]]  # halved one after another, the order is as before
 
@@ -175,7 +210,7 @@ def test_broken_rows_are_marked() -> None:
     logits = make_logits()
     logits[2, 5], logits[7, 0], logits[11, 3] = math.nan, math.inf, -math.inf
     for options in ({}, {"temperature": 1.0, "top_p": 0.9, "top_k": 9, "min_p": 0.1}, {"repetition_penalty": 2.0}):
-        tokens = Sampler(Sampling(**options), [[1]] * ROWS, VOCAB, CPU).choose(logits)
+        tokens = make_sampler(Sampling(**options), [[1]] * ROWS, VOCAB).choose(logits)
         assert [row for row, token in enumerate(tokens.tolist()) if token == module.NOT_FINITE] == [2, 7, 11]
 
 
@@ -221,12 +256,55 @@ def test_bad_values_are_refused(options: dict[str, Any], message: str) -> None:
 
 
 def test_seeds_are_one_per_row() -> None:
-    assert Sampling(seed=5).row_seeds(3) == [5, 6, 7]
-    assert Sampling(seed=[9, 9, 2]).row_seeds(3) == [9, 9, 2]
-    assert Sampling(seed=2**63 - 1).row_seeds(2) == [2**63 - 1, 2**63]
-    next(module._uniforms(Sampling(seed=2**63 - 1).row_seeds(2), CPU))  # torch takes them
+    def seeds(sampling: Sampling, rows: int) -> list[Any]:
+        return [one.seed for one in sampling.per_row(rows)]
+
+    assert seeds(Sampling(seed=5), 3) == [5, 6, 7]
+    assert seeds(Sampling(seed=[9, 9, 2]), 3) == [9, 9, 2]
+    assert seeds(Sampling(seed=2**63 - 1), 2) == [2**63 - 1, 0]
+    assert Sampling(seed=3, top_k=4).per_row(1) == [Sampling(seed=3, top_k=4)]
     with pytest.raises(ConfigError, match="seed holds 2 numbers for 3 answers"):
-        Sampling(seed=[1, 2]).row_seeds(3)
+        Sampling(seed=[1, 2]).per_row(3)
+
+
+MIXED = [
+    Sampling(top_k=70, top_p=0.5, seed=4),
+    Sampling(temperature=0.7, seed=5),
+    Sampling(temperature=2.0, top_k=9, seed=6),
+    Sampling(repetition_penalty=1.7, seed=7),
+    Sampling(temperature=1.3, top_p=0.6, min_p=0.01, seed=8),
+    Sampling(temperature=5.0, top_k=VOCAB, repetition_penalty=0.8, seed=9),
+    Sampling(temperature=1.0, top_k=1, top_p=0.9, seed=10),
+]
+
+
+def test_rows_with_other_options_come_and_go() -> None:
+    """Seven rows, each with its own options, in one batch that they join and leave, against each alone."""
+    logits = make_logits().repeat(2, 1)[: len(MIXED) * 4].reshape(4, len(MIXED), VOCAB)  # of four steps
+    prompts = [[row, 2 * row] for row in range(len(MIXED))]
+
+    def alone(row: int) -> list[int]:
+        sampler = Sampler([MIXED[row]], [prompts[row]], VOCAB, CPU)
+        return [int(sampler.choose(step[row : row + 1])) for step in logits]
+
+    expected = [alone(row) for row in range(len(MIXED))]
+    for first in range(1, len(MIXED)):
+        for order in ([*range(len(MIXED))], [*reversed(range(len(MIXED)))]):
+            rows, late = order[:first], order[first:]
+            parts = [Sampler([MIXED[r] for r in part], [prompts[r] for r in part], VOCAB, CPU) for part in (rows, late)]
+            found: dict[int, list[int]] = {row: [] for row in order}
+            for step in range(4):  # the late ones begin when the others have had a token, and stay alone at the end
+                if step == 1:
+                    parts[0].join(parts[1])
+                    rows = order
+                if step == 3:
+                    parts[0].keep([*range(first, len(order))])
+                    rows = late
+                steps = [logits[len(found[row]), row] for row in rows]
+                for row, token in zip(rows, parts[0].choose(torch.stack(steps)).tolist(), strict=True):
+                    found[row].append(token)
+            assert found == {row: expected[row][: len(found[row])] for row in order}
+            assert {len(tokens) for tokens in found.values()} == {3}
 
 
 def test_options_are_the_fields() -> None:

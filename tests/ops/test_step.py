@@ -20,9 +20,13 @@ from cobra.ops.backends.cpu import team, threads
 from cobra.ops.backends.cpu.matvec import linear
 from cobra.ops.backends.cpu.step import stack_step
 from cobra.ops.fused import BlockWeights
+from cobra.ops.quantized import QuantizedWeight, dequantize, quantize
 
 # Relative to the largest magnitude: float32 arithmetic. Weights in bfloat16 are exact numbers to both sides.
 TOLERANCE = 1e-5
+# With quantised weights the inputs become integers of 16 bits, which loses some 1e-5; three random layers, far from
+# trained ones, make fifty times as much of it. A wrong number anywhere gives errors of order one.
+ROUNDED_TOLERANCE = 3e-3
 EPS = 1e-5
 
 States = list[Tensor]
@@ -79,7 +83,9 @@ def _expected(layers: list[BlockWeights], hidden: Tensor, conv: States, ssm: Sta
     """The same token in float64, from the definitions."""
     hidden, residual, new = hidden.double(), None, {}
     for i, weights in enumerate(layers):
-        w = BlockWeights(*(t.double() for t in weights))
+        w = BlockWeights(
+            *(dequantize(t, torch.float64) if isinstance(t, QuantizedWeight) else t.double() for t in weights)
+        )
         normed, residual = reference.add_rms_norm(hidden, residual, w.norm, EPS)
         x, z = F.linear(normed, w.in_proj).chunk(2, dim=-1)
         x, new[f"conv {i}"] = reference.causal_conv1d_update(conv[i].double(), x, w.conv_weight.squeeze(1), w.conv_bias)
@@ -118,6 +124,66 @@ def test_linear_is_the_product(rows, shape, weight_dtype):
     actual = linear(x, weight)
     assert actual is not None and actual.dtype == torch.float32
     assert_all_close({"product": actual}, {"product": F.linear(x.double(), weight.double())}, TOLERANCE)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", [(1, 64), (7, 128), (300, 192), (33, 768)], ids=str)
+@pytest.mark.parametrize("rows", range(1, 9))
+def test_linear_is_the_product_with_integers(rows, shape, bits):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, shape[1], generator=generator) * torch.logspace(-3, 3, shape[1])  # groups of other sizes
+    weight = quantize(torch.randn(shape, generator=generator), bits)
+    actual = linear(x, weight)
+    assert actual is not None and actual.dtype == torch.float32
+    assert ((actual - _exact(x, weight)).abs() <= _rounding(x, weight)).all()
+
+
+def _exact(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    return F.linear(x.double(), dequantize(weight, torch.float64))
+
+
+def _rounding(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """What a product may be off: half a step of every input, 1 / 32767 of the largest in its group, and float32's."""
+    matrix, padding = dequantize(weight, torch.float64).abs(), (0, -x.shape[1] % 64)
+    steps = F.pad(x.double().abs(), padding).unflatten(1, (-1, 64)).amax(dim=2) / 32767
+    return F.linear(steps, F.pad(matrix, padding).unflatten(1, (-1, 64)).sum(dim=2)) / 2 + 1e-6 * F.linear(
+        x.double().abs(), matrix
+    )
+
+
+@pytest.mark.parametrize("width", [1, 63, 65, 200])
+def test_4_bits_of_any_width_and_8_bits_of_whole_groups(width):
+    generator = torch.Generator().manual_seed(0)
+    x, matrix = torch.randn(5, width, generator=generator), torch.randn(9, width, generator=generator)
+    weight = quantize(matrix, 4)
+    actual = linear(x, weight)
+    assert actual is not None and ((actual - _exact(x, weight)).abs() <= _rounding(x, weight)).all()
+    assert linear(x, quantize(matrix, 8)) is None
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_product_with_integers_of_what_is_not_ordinary(bits):
+    """Zeros give zeros, tiny numbers too; a row with NaN or infinity gives no finite number, and the others do."""
+    weight = quantize(torch.randn(6, 128), bits)
+    x = torch.randn(4, 128)
+    x[1, :64], x[2, 70], x[3, 3] = 0.0, torch.nan, torch.inf
+    product = linear(x, weight)
+    assert product is not None and product[:2].isfinite().all() and not product[2:].isfinite().any()
+    zeros = linear(torch.full((1, 128), 1e-35), weight)
+    assert zeros is not None and torch.equal(zeros, torch.zeros(1, 6))
+
+
+def test_linear_refuses_quantised_weights_that_do_not_fit():
+    x = torch.randn(2, 128)
+    for bits in (8, 4):
+        weight = quantize(torch.randn(5, 128), bits)
+        assert linear(x, weight) is not None
+        assert linear(x.double(), weight) is None and linear(x[:, :64], weight) is None
+        assert linear(torch.randn(9, 128), weight) is None
+        assert linear(x, weight._replace(bits=12 - bits)) is None
+        assert linear(x, weight._replace(values=weight.values[:4])) is None
+        assert linear(x, weight._replace(scales=weight.scales.double())) is None
+        assert linear(x, weight._replace(values=weight.values.repeat(1, 2)[:, ::2])) is None
 
 
 def test_linear_takes_strided_and_bfloat16_inputs():
@@ -161,6 +227,55 @@ def test_stack_with_bfloat16_weights_computes_in_float32(batch, small):
     layers = _small(torch.bfloat16, small)
     inputs = _inputs(layers, batch)
     assert_all_close(_actual(layers, *inputs), _expected(layers, *inputs), TOLERANCE)
+
+
+def _quantised(layers: list[BlockWeights], bits: int, bits_of_x_proj: int = 8) -> list[BlockWeights]:
+    def convert(weight: Tensor | QuantizedWeight, bits: int) -> QuantizedWeight:
+        assert isinstance(weight, Tensor)
+        return quantize(weight, bits)
+
+    return [
+        layer._replace(
+            in_proj=convert(layer.in_proj, bits),
+            x_proj=convert(layer.x_proj, bits_of_x_proj),
+            out_proj=convert(layer.out_proj, bits),
+        )
+        for layer in layers
+    ]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+def test_stack_with_integers_matches_definition(batch, bits):
+    layers = _quantised(_layers(3, 64, 128, 16, 3, 4, torch.float32, torch.float32), bits)
+    inputs = _inputs(layers, batch)
+    actual = _actual(layers, *inputs)
+    assert_all_close(actual, _expected(layers, *inputs), ROUNDED_TOLERANCE)
+    assert all(tensor.dtype == torch.float32 for tensor in actual.values())
+
+
+def test_stack_with_integers_does_not_depend_on_threads():
+    layers = _quantised(_layers(4, 192, 384, 16, 10, 4, torch.float32, torch.float32), 4)
+    inputs = _inputs(layers, 2)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results += [list(_actual(layers, *inputs).values()) for _ in range(5)]
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
+def test_stack_refuses_layers_of_several_kinds():
+    plain = _layers(2, 64, 128, 16, 3, 4, torch.float32, torch.float32)
+    inputs = _inputs(plain, 1)
+    eight, four = _quantised(plain, 8), _quantised(plain, 4)
+    assert stack_step(eight, *inputs, EPS) is not None
+    for mixed in (
+        [plain[0], eight[1]],
+        [eight[0], four[1]],
+        [layer._replace(x_proj=plain[0].x_proj) for layer in eight],
+        [layer._replace(in_proj=plain[0].in_proj) for layer in eight],
+    ):
+        assert stack_step(mixed, *inputs, EPS) is None
 
 
 def test_stack_takes_strided_and_bfloat16_states():

@@ -263,6 +263,7 @@ def test_import_does_not_need_triton():
 
 
 _INTEGERS = ("_row", "_step", "length", "dim", "chunk", "chunks", "num_rows", "group")
+_STRIDES = ("_channel", "_state", "rows", "count", "width", "span")
 _POINTERS = {"lengths": "*i64", "firsts": "*i64", "resets": "*i1", "cuts": "*i1"}  # the others are float32
 _SCAN = {"STATE": 16, "N": 16, "BLOCK_D": 32}
 _TILE = {"WIDTH": 4, "BLOCK_T": 16, "BLOCK_D": 64}
@@ -296,20 +297,50 @@ _TILE = {"WIDTH": 4, "BLOCK_T": 16, "BLOCK_D": 64}
 def test_kernel_compiles_for_a_gpu_that_is_not_here(file, kernel, constants):
     """The interpreter accepts more than the compiler does."""
     triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     function = getattr(importlib.import_module(f"{PACKAGE}.{file}"), kernel)
     if "ACC" in function.arg_names:
         constants = constants | {"ACC": triton.language.float32}
-    signature = {name: "i32" if name.endswith(_INTEGERS) else "*fp32" for name in function.arg_names}
-    signature |= {name: kind for name, kind in _POINTERS.items() if name in signature}
-    signature |= dict.fromkeys(constants, "constexpr")
+    kinds = {name: "i32" if name.endswith(_INTEGERS) else "*fp32" for name in function.arg_names}
+    assert "ptx" in _compile(function, kinds | _POINTERS, constants, 1)
+
+
+def _compile(function: Any, kinds: dict[str, str], constants: dict[str, Any], num_warps: int) -> dict[str, Any]:
+    """What the compiler for sm_90 makes of a kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" if name in constants else kinds[name] for name in function.arg_names}
     indices = {(function.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=function, signature=signature, constexprs=indices)
-    assert (
-        "ptx"
-        in triton.compile(
-            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1, "enable_fp_fusion": True}
-        ).asm
-    )
+    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
+
+
+_PROJECT = {"TAPS": 4, "EPS": 1e-5, "SPLITS": 2, "PARTS": 2, "IN_TILES": False, "BLOCK_R": 8, "BLOCK_K": 256}
+_PROJECT |= {"ROWS": 2, "BLOCK_B": 2}
+_NOTHING = dict.fromkeys(("residual", "norm", "total"))
+_TILES = _PROJECT | _NOTHING | {"ROWS": 5, "IN_TILES": True, "BLOCK_B": 16, "BLOCK_R": 32, "BLOCK_K": 32}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter is on")
+@pytest.mark.parametrize(
+    ("kernel", "matrix", "constants"),
+    [
+        ("project", "*bf16", _PROJECT | {"BITS": 16, "scales": None}),
+        ("project", "*fp32", _PROJECT | {"BITS": 16, "scales": None, "residual": None}),
+        ("project", "*i8", _PROJECT | {"BITS": 8, "taps": None, "bias": None, "old": None, "new": None, "PARTS": 1}),
+        ("project", "*u8", _PROJECT | {"BITS": 4}),
+        ("project", "*fp16", _TILES | {"BITS": 16, "scales": None}),
+        ("project", "*i8", _TILES | {"BITS": 8}),
+        ("project", "*u8", _TILES | {"BITS": 4}),
+        ("normalise", "", {"residual": None, "ROWS": 5, "SPLITS": 3, "EPS": 1e-5, "BLOCK": 4096}),
+        ("recur", "", {"ROWS": 5, "SPLITS": 3, "STATE": 16, "N": 16, "RANK": 160, "R": 256, "BLOCK_D": 32}),
+    ],
+)
+def test_kernel_of_a_step_compiles_for_a_gpu_that_is_not_here(kernel, matrix, constants):
+    pytest.importorskip("triton")
+    function = getattr(importlib.import_module(f"{PACKAGE}.step_kernels"), kernel)
+    kinds = {name: "i32" if name.endswith(_INTEGERS + _STRIDES) else "*fp32" for name in function.arg_names}
+    ptx = _compile(function, kinds | {"matrix": matrix}, constants, 4)["ptx"]
+    assert ("mma" in ptx) == bool(constants.get("IN_TILES"))  # tensor cores

@@ -2,19 +2,24 @@
 # Numba's intrinsics take one argument less than their definitions show.
 # pyright: reportCallIssue=false
 
+from typing import Any
+
 import numpy as np
 import torch
 from numba import njit
+from numba.extending import overload, register_jitable
 from torch import Tensor
 
+from cobra.ops.quantized import QuantizedWeight
+
 from .compiled import kernel
+from .integers import integer_products, round_inputs, rounded_sizes
 from .team import finish, new_counters, run_together, take, team_size, wait
 from .vector import LANES, load_wide, load_wide_last, pointer, prefetch, total, zeros_wide
+from .weights import FLOATS, FORCE_INLINE, SHORTS, SINGLES, addresses, elements, has_scales, is_readable, weight_at
 
 MAX_ROWS = 8  # beyond, a product is bound by arithmetic, and libraries that block for caches win
 
-# How weights look to kernels: Numba knows no bfloat16.
-ELEMENTS = {torch.float32: np.empty(0, np.float32), torch.bfloat16: np.empty(0, np.uint16)}
 _PIECE = 128 * 1024  # numbers of the weight per item
 _AHEAD = 256  # numbers that are asked for before they are needed: a fifth faster where the machine is shared
 
@@ -103,44 +108,84 @@ def products(weight, first, last, x, x_at, batch, count, out, out_at, out_step):
             out[target + b * out_step] = dot(weight, row * count, x, x_at + b * count, count)
 
 
+def prepare(weight: Any, x: Any, batch: int, count: int, room: Any) -> None:
+    """Round the inputs [batch, count] of `multiply`, if its weight wants them rounded, into `room`."""
+
+
+@overload(prepare, jit_options=FORCE_INLINE)
+def _prepare(weight, x, batch, count, room):
+    if has_scales(weight):
+        return lambda weight, x, batch, count, room: round_inputs(x, batch, count, room[0], room[1])
+    return lambda weight, x, batch, count, room: None
+
+
+def multiply(
+    weight: Any, first: int, last: int, x: Any, room: Any, batch: int, count: int, out: Any, out_at: int, out_step: int
+) -> None:
+    """`products` with a weight of any kind; `room` is as `prepare` has left it."""
+
+
+@overload(multiply, jit_options=FORCE_INLINE)
+def _multiply(weight, first, last, x, room, batch, count, out, out_at, out_step):
+    if has_scales(weight):
+        return lambda weight, first, last, x, room, batch, count, out, out_at, out_step: integer_products(
+            weight, first, last, room[0], room[1], batch, count, out, out_at, out_step
+        )
+    return lambda weight, first, last, x, room, batch, count, out, out_at, out_step: products(
+        weight, first, last, x, 0, batch, count, out, out_at, out_step
+    )
+
+
+@njit(forceinline=True)
+def room_at(address, batch, count):
+    """What `prepare` may write to; of `room_size` bytes."""
+    return pointer(address, SHORTS), pointer(address + rounded_sizes(batch, count)[0], SINGLES)
+
+
+@register_jitable
+def room_size(batch, count):
+    """In bytes, whole cache lines."""
+    integers, scales = rounded_sizes(batch, count)
+    return integers + scales
+
+
 @kernel
-def _linear(thread, counters, address, like, rows, count, x_address, batch, out_address, single):
-    weight, x, out = pointer(address, like), pointer(x_address, single), pointer(out_address, single)
+def _linear(thread, counters, address, scales, like, rows, count, x_address, batch, out_address, work):
+    weight, x, out = weight_at(address, scales, like), pointer(x_address, SINGLES), pointer(out_address, SINGLES)
+    room = room_at(np.int64(work.ctypes.data) + thread * room_size(batch, count), batch, count)
     size = max(1, _PIECE // count)
     items = (rows + size - 1) // size
     item = take(counters, 0)
+    if item < items:
+        prepare(weight, x, batch, count, room)
     while item < items:
         first = item * size
-        products(weight, first, min(first + size, rows), x, 0, batch, count, out, first, rows)
+        multiply(weight, first, min(first + size, rows), x, room, batch, count, out, first, rows)
         finish(counters, 0)
         item = take(counters, 0)
     wait(counters, 0, items)
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a kernel may read the tensor's memory in place: no subclass, on the CPU, contiguous."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cpu and tensor.is_contiguous()
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor | None:
+def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor | None:
     """See `cobra.ops.fused.linear`.
 
-    Taken are float32 and bfloat16, up to `MAX_ROWS` rows, a weight that is a contiguous plain tensor. None, without a
-    result, for anything else, sizes that disagree included.
+    Taken are float32 and bfloat16, up to `MAX_ROWS` rows, a weight that is a contiguous plain tensor, or made of such
+    and, in 8 bits, has rows of whole groups. None, without a result, for anything else, sizes that disagree included.
     """
     if (
-        x.dtype not in ELEMENTS
-        or weight.dtype not in ELEMENTS
-        or not (is_plain(weight) and type(x) is Tensor and x.is_cpu)
-        or not (x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[1])
+        x.dtype not in FLOATS
+        or not (is_readable(weight) and type(x) is Tensor and x.is_cpu)
+        or not (x.dim() == len(weight.shape) == 2 and x.shape[1] == weight.shape[1])
         or not 1 <= x.shape[0] <= MAX_ROWS
-        or weight.numel() == 0
+        or 0 in weight.shape
     ):
         return None
-    rows, count = weight.shape
-    x, out = x.float().contiguous(), torch.empty(x.shape[0], rows)
+    (rows, count), batch = weight.shape, x.shape[0]
+    x, out = x.float().contiguous(), torch.empty(batch, rows)
+    threads = team_size(rows * count)
+    work = np.empty(threads * room_size(batch, count) if isinstance(weight, QuantizedWeight) else 0, np.uint8)
     run_together(
-        _linear, team_size(weight.numel()), new_counters(1), weight.data_ptr(), ELEMENTS[weight.dtype], rows, count,
-        x.data_ptr(), x.shape[0], out.data_ptr(), ELEMENTS[torch.float32],
+        _linear, threads, new_counters(1), *addresses(weight), elements(weight), rows, count, x.data_ptr(), batch,
+        out.data_ptr(), work,
     )  # fmt: skip
     return out

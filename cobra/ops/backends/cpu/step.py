@@ -18,12 +18,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numba import njit
+from numba.extending import register_jitable
 from torch import Tensor
 
 from cobra.ops.fused import BlockWeights
+from cobra.ops.quantized import QuantizedWeight
 
 from .compiled import kernel
-from .matvec import ELEMENTS, MAX_ROWS, dot, is_plain, products
+from .matvec import MAX_ROWS, dot, multiply, prepare, products, room_at, room_size
 from .team import finish, new_counters, run_together, take, team_size, wait
 from .vector import (
     LANES,
@@ -38,13 +40,14 @@ from .vector import (
     store_some,
     widen,
 )
+from .weights import ELEMENTS, FLOATS, addresses, elements, is_readable, weight_at
 
 _SELECT_ROWS = 4  # per item of phase 1
 _OUT_ROWS = 32  # per item of phase 3
 _FLOAT32 = ELEMENTS[torch.float32]
 
 
-@njit(forceinline=True)
+@register_jitable
 def _round_up(count):
     """To whole cache lines of float32."""
     return (count + 15) // 16 * 16
@@ -124,7 +127,7 @@ def _recur(
 
 @kernel
 def _stack(
-    thread, counters, table, work, weights_like, small_like, float_like,
+    thread, counters, table, work, large_like, select_like, step_like, small_like, float_like,
     num_layers, batch, width, inner, state, rank, taps, eps, residual_address, conv_address, ssm_address,
 ):  # fmt: skip
     chosen = rank + 2 * state
@@ -136,13 +139,15 @@ def _stack(
     y = pointer(address + 8 * _round_up(batch * inner), float_like)
     selected = pointer(address + 12 * _round_up(batch * inner), float_like)
     address += 12 * _round_up(batch * inner) + 4 * _round_up(batch * chosen)
-    address += 4 * thread * _own_size(batch, width, state, rank, taps)
+    address += 4 * thread * _own_size(batch, width, inner, state, rank, taps)
     residual = pointer(address, float_like)
     normed = pointer(address + 4 * _round_up(batch * width), float_like)
     address += 8 * _round_up(batch * width)
     matrix = pointer(address, float_like)
     steps = pointer(address + 4 * max(state, taps + 1) * LANES, float_like)
-    low = pointer(address + 4 * (max(state, taps + 1) + batch) * LANES, float_like)
+    address += 4 * (max(state, taps + 1) + batch) * LANES
+    low = pointer(address, float_like)
+    room = room_at(address + 4 * LANES + 4 * _round_up(batch * rank), batch, max(width, inner))
 
     for i in range(batch * width):
         residual[i] = 0.0
@@ -154,7 +159,9 @@ def _stack(
         items = (inner + LANES - 1) // LANES
         item = take(counters, phase)
         if item < items:
+            weight = weight_at(table[layer, 1], table[layer, 17], large_like)
             _normalise(residual, pointer(table[layer, 0], small_like), batch, width, eps, normed)
+            prepare(weight, normed, batch, width, room)
             if item == 0 and layer == num_layers - 1:
                 out = pointer(residual_address, float_like)
                 for i in range(batch * width):
@@ -162,9 +169,9 @@ def _stack(
         while item < items:
             first = item * LANES
             last = min(first + LANES, inner)
-            weight = pointer(table[layer, 1], weights_like)
-            products(weight, first, last, normed, 0, batch, width, x, first, inner)
-            products(weight, inner + first, inner + last, normed, 0, batch, width, z, first, inner)
+            weight = weight_at(table[layer, 1], table[layer, 17], large_like)
+            multiply(weight, first, last, normed, room, batch, width, x, first, inner)
+            multiply(weight, inner + first, inner + last, normed, room, batch, width, z, first, inner)
             _convolve(
                 x, pointer(table[layer, 2], small_like), pointer(table[layer, 3], small_like),
                 first, last - first, batch, inner, taps,
@@ -178,12 +185,13 @@ def _stack(
         phase += 1
         items = (chosen + _SELECT_ROWS - 1) // _SELECT_ROWS
         item = take(counters, phase)
+        if item < items:
+            prepare(weight_at(table[layer, 4], table[layer, 18], select_like), x, batch, inner, room)
         while item < items:
             first = item * _SELECT_ROWS
-            weight = pointer(table[layer, 4], weights_like)
-            products(
-                weight, first, min(first + _SELECT_ROWS, chosen), x, 0, batch, inner, selected, first, chosen
-            )  # fmt: skip
+            last = min(first + _SELECT_ROWS, chosen)
+            weight = weight_at(table[layer, 4], table[layer, 18], select_like)
+            multiply(weight, first, last, x, room, batch, inner, selected, first, chosen)
             finish(counters, phase)
             item = take(counters, phase)
         wait(counters, phase, items)
@@ -195,7 +203,7 @@ def _stack(
             first = item * LANES
             _recur(
                 x, z, selected, first, min(LANES, inner - first), batch, inner, state, rank,
-                pointer(table[layer, 5], weights_like), pointer(table[layer, 6], float_like),
+                pointer(table[layer, 5], step_like), pointer(table[layer, 6], float_like),
                 pointer(table[layer, 7], float_like), pointer(table[layer, 8], float_like),
                 pointer(table[layer, 13], float_like), table[layer, 14], table[layer, 15], table[layer, 16],
                 pointer(ssm_address + 4 * layer * batch * state * inner, float_like), y, matrix, low, steps,
@@ -207,20 +215,28 @@ def _stack(
         phase += 1
         items = (width + _OUT_ROWS - 1) // _OUT_ROWS
         item = take(counters, phase)
+        if item < items:
+            prepare(weight_at(table[layer, 9], table[layer, 19], large_like), y, batch, inner, room)
         while item < items:
             first = item * _OUT_ROWS
+            last = min(first + _OUT_ROWS, width)
             at = (layer + 1) * batch * width + first
-            weight = pointer(table[layer, 9], weights_like)
-            products(weight, first, min(first + _OUT_ROWS, width), y, 0, batch, inner, hidden, at, width)
+            weight = weight_at(table[layer, 9], table[layer, 19], large_like)
+            multiply(weight, first, last, y, room, batch, inner, hidden, at, width)
             finish(counters, phase)
             item = take(counters, phase)
         wait(counters, phase, items)
 
 
-@njit(forceinline=True)
-def _own_size(batch, width, state, rank, taps):
+@register_jitable
+def _own_size(batch, width, inner, state, rank, taps):
     """Work memory of one thread, in numbers."""
-    return 2 * _round_up(batch * width) + (max(state, taps + 1) + batch + 1) * LANES + _round_up(batch * rank)
+    size = 2 * _round_up(batch * width) + (max(state, taps + 1) + batch + 1) * LANES + _round_up(batch * rank)
+    return size + room_size(batch, max(width, inner)) // 4
+
+
+def _kind(weight: Tensor | QuantizedWeight) -> torch.dtype | int:
+    return weight.bits if isinstance(weight, QuantizedWeight) else weight.dtype
 
 
 def _fits(layers: Sequence[BlockWeights], hidden: Tensor, conv: Sequence[Tensor], ssm: Sequence[Tensor]) -> bool:
@@ -229,18 +245,23 @@ def _fits(layers: Sequence[BlockWeights], hidden: Tensor, conv: Sequence[Tensor]
         return False
     batch, width = hidden.shape
     (inner, state), rank, taps = layers[0].A_log.shape, layers[0].dt_proj.shape[1], layers[0].conv_weight.shape[-1]
-    weights, small, single = layers[0].in_proj.dtype, layers[0].norm.dtype, torch.float32
+    large, select, small, single = (
+        _kind(layers[0].in_proj),
+        _kind(layers[0].x_proj),
+        layers[0].norm.dtype,
+        torch.float32,
+    )
+    step = layers[0].dt_proj.dtype
     expected = [
-        (small, (width,)), (weights, (2 * inner, width)), (small, tuple(layers[0].conv_weight.shape)),
-        (small, (inner,)), (weights, (rank + 2 * state, inner)), (weights, (inner, rank)), (single, (inner,)),
-        (single, (inner, state)), (single, (inner,)), (weights, (width, inner)),
+        (small, (width,)), (large, (2 * inner, width)), (small, tuple(layers[0].conv_weight.shape)),
+        (small, (inner,)), (select, (rank + 2 * state, inner)), (step, (inner, rank)), (single, (inner,)),
+        (single, (inner, state)), (single, (inner,)), (large, (width, inner)),
     ]  # fmt: skip
     return (
-        weights in ELEMENTS
-        and small in ELEMENTS
+        (large == select == step or (isinstance(large, int) and isinstance(select, int)))
         and expected[2][1] in ((inner, taps), (inner, 1, taps))
-        and all([(t.dtype, t.shape) for t in layer] == expected and all(map(is_plain, layer)) for layer in layers)
-        and all(t.dtype in ELEMENTS and t.is_cpu and t.shape == (batch, taps - 1, inner) for t in conv)
+        and all([(_kind(t), t.shape) for t in layer] == expected and all(map(is_readable, layer)) for layer in layers)
+        and all(t.dtype in FLOATS and t.is_cpu and t.shape == (batch, taps - 1, inner) for t in conv)
         and all(t.dtype == single and t.is_cpu and t.shape == (batch, inner, state) for t in ssm)
     )
 
@@ -254,10 +275,10 @@ def stack_step(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]] | None:
     """See `cobra.ops.fused.stack_step`.
 
-    Taken are float32 and bfloat16, up to `MAX_ROWS` rows, weights that are contiguous plain tensors. None, without a
-    result, for anything else, sizes that disagree included.
+    Taken are float32 and bfloat16, up to `MAX_ROWS` rows, weights that are contiguous plain tensors or made of such.
+    None, without a result, for anything else, sizes that disagree included.
     """
-    if hidden.dtype not in ELEMENTS or not hidden.is_cpu:
+    if hidden.dtype not in FLOATS or not hidden.is_cpu:
         return None
     if not _fits(layers, hidden, conv_states, ssm_states):
         return None
@@ -266,22 +287,30 @@ def stack_step(
     conv_states = [t if t.dtype == torch.float32 and t.stride(2) == 1 else t.float().contiguous() for t in conv_states]
     table = np.array(
         [
-            [*(t.data_ptr() for t in layer), conv.data_ptr(), *conv.stride()[:2], ssm.data_ptr(), *ssm.stride()]
+            [
+                *(addresses(t)[0] for t in layer),
+                conv.data_ptr(),
+                *conv.stride()[:2],
+                ssm.data_ptr(),
+                *ssm.stride(),
+                *(addresses(t)[1] for t in (layer.in_proj, layer.x_proj, layer.out_proj)),
+            ]
             for layer, conv, ssm in zip(layers, conv_states, ssm_states, strict=True)
         ],
         np.int64,
     )
     threads = team_size(3 * num_layers * width * inner)
     sizes = [(num_layers + 1) * batch * width, *[batch * inner] * 3, batch * (rank + 2 * state)]
-    own = _own_size(batch, width, state, rank, taps)
+    own = _own_size(batch, width, inner, state, rank, taps)
     work = torch.empty(sum(map(_round_up, sizes)) + threads * own)
     work[: batch * width].view(batch, width).copy_(hidden)
     residual = torch.empty(batch, width)
     new_conv = torch.empty(num_layers, batch, taps - 1, inner)
     new_ssm = torch.empty(num_layers, batch, state, inner)  # read and written fastest in this order
     run_together(
-        _stack, threads, new_counters(4 * num_layers), table, work.numpy(), ELEMENTS[layers[0].in_proj.dtype],
-        ELEMENTS[layers[0].norm.dtype], _FLOAT32, num_layers, batch, width, inner, state, rank, taps, eps,
+        _stack, threads, new_counters(4 * num_layers), table, work.numpy(),
+        *map(elements, (layers[0].in_proj, layers[0].x_proj, layers[0].dt_proj, layers[0].norm)), _FLOAT32,
+        num_layers, batch, width, inner, state, rank, taps, eps,
         residual.data_ptr(), new_conv.data_ptr(), new_ssm.data_ptr(),
     )  # fmt: skip
     last = work[num_layers * batch * width :][: batch * width].view(batch, width)

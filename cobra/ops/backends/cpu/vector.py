@@ -52,17 +52,17 @@ _ATANH_FLOAT64 = tuple(1.0 / (2 * k + 1) for k in range(18))
 
 
 class Vector(types.Type):
-    """`LANES` numbers of one floating point type."""
+    """`LANES` numbers of one floating point type, or as many as are said."""
 
-    def __init__(self, dtype: types.Float) -> None:
-        self.dtype = dtype
-        super().__init__(name=f"Vector({dtype}, {LANES})")
+    def __init__(self, dtype: types.Float, lanes: int = LANES) -> None:
+        self.dtype, self.lanes = dtype, lanes
+        super().__init__(name=f"Vector({dtype}, {lanes})")
 
 
 @register_model(Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Vector) -> None:
-        super().__init__(dmm, fe_type, ir.VectorType(_scalar(fe_type), LANES))
+        super().__init__(dmm, fe_type, ir.VectorType(_scalar(fe_type), fe_type.lanes))
 
 
 def _scalar(vector: Vector) -> ir.Type:
@@ -214,7 +214,7 @@ def total(typing_context, vector):
 
     def generate(context, builder, signature, arguments):
         (value,) = arguments
-        lanes = LANES
+        lanes = vector.lanes
         while lanes > 1:
             lanes //= 2
             low = ir.Constant(ir.VectorType(_INT32, lanes), list(range(lanes)))

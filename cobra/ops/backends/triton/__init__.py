@@ -21,6 +21,8 @@ _MODULES = {
     "causal_conv1d": "conv",
     "causal_conv1d_update": "conv",
     "add_rms_norm": "norm",
+    "stack_step": "step",
+    "linear": "matvec",
 }
 
 

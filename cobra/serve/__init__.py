@@ -1,0 +1,1 @@
+"""An HTTP server with OpenAI's chat interface; needs the extra `serve`, and only `scripts/serve.py` imports it."""
