@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-lmms-eval lint format clean
+.PHONY: help demo test test-lmms-eval release-check lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -40,6 +40,13 @@ test: .venv/dev  ## run the tests
 
 test-lmms-eval: .venv-lmms-eval/created  ## run the tests of the lmms-eval plug-in against lmms-eval itself
 	.venv-lmms-eval/bin/python -m pytest tests/integrations/test_lmms_eval.py
+
+# The tests of the release import everything but Cobra itself from .venv, so that torch is not installed again.
+release-check: .venv/dev  ## build sdist and wheel from a clean tree, install the wheel by itself, train and evaluate with it
+	@test -z "$$(git status --porcelain)" || { git status --short; echo "Commit or remove these first."; exit 1; }
+	rm -rf dist
+	$(BIN)/python -m build
+	COBRA_DIST=$(CURDIR)/dist $(BIN)/python -m pytest tests/journeys/test_wheel.py
 
 lint: .venv/dev  ## style and types
 	$(BIN)/ruff check .

@@ -17,11 +17,12 @@ from typing import Any, NoReturn
 
 import _submitit
 import hydra
+from _configs import CONFIGS, find_own_configs, groups
 from _ranks import watch_parent
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -54,7 +55,6 @@ NINE: tuple[str, ...] = (
     "pope",
     "refcoco",
 )  # the paper's benchmarks; refcoco is three
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
@@ -99,23 +99,26 @@ class Task:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state | {"is_job": True}
 
-    def __call__(self, cfg: DictConfig) -> None:
-        """Run `main`; a job's error goes back to the process that submitted it, any other one ends the process."""
+    def __call__(self, cfg: DictConfig) -> Any:
+        """Run `main`; a job's error goes back to the process that submitted it, any other one ends the process.
+
+        Returns: what `main` does, which a sweeper that searches makes small or large.
+        """
         _setup_logging()
         if self.is_job:
             with _submitit.errors_in_log(), _stoppable(), _submitit.requeued_when_stopped():
-                self._run(cfg)
+                return self._run(cfg)
         else:
             with _errors_in_one_line(self.config_name), _stoppable():
-                self._run(cfg)
+                return self._run(cfg)
 
-    def _run(self, cfg: DictConfig) -> None:
+    def _run(self, cfg: DictConfig) -> Any:
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             _name_sweep_job(cfg, self.swept)
         if self.benchmarks:
             OmegaConf.set_struct(cfg, False)
             cfg.benchmark = self.benchmarks
-        self.main(cfg)
+        return self.main(cfg)
 
 
 @contextmanager
@@ -261,6 +264,7 @@ def _check_command_line(config_name: str, names: list[str]) -> tuple[list[str], 
     Returns: the keys that a --multirun sweeps over, and the settings of each of the benchmarks.
     """
     arguments = get_args_parser().parse_args()
+    find_own_configs(arguments.config_dir)
     if arguments.help:  # shows the settings as composed, which needs every mandatory choice
         chosen = {override.split("=", 1)[0] for override in arguments.overrides}
         sys.argv += [choice for choice in _SOME_CHOICE.get(config_name, []) if choice.split("=")[0] not in chosen]
@@ -270,7 +274,7 @@ def _check_command_line(config_name: str, names: list[str]) -> tuple[list[str], 
             "--multirun below torchrun or srun would start the whole sweep in every process. Start it plainly, which "
             "uses all GPUs for each run, or with hydra/launcher=submitit_slurm (docs/clusters.md)."
         )
-    if arguments.hydra_help or arguments.config_path or arguments.config_name or arguments.config_dir:
+    if arguments.hydra_help or arguments.shell_completion or arguments.config_path or arguments.config_name:
         return [], []
     benchmark = ""
     try:
@@ -296,17 +300,13 @@ def _check_command_line(config_name: str, names: list[str]) -> tuple[list[str], 
         _fail(_explain_override(str(error), config_name, benchmark) + hint)
 
 
-def _groups() -> list[str]:
-    return [path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*") if path.is_dir()]
-
-
 def _check_added_key(override: str) -> None:
     """Hydra would take a misspelt `+group=choice` for a new setting."""
     from cobra.config import nearest
 
     added = re.match(r"\++([\w/]+)=", override)
-    if added and added.group(1) not in _groups():
-        _fail(f"There is no group '{added.group(1)}' to add.{nearest(added.group(1), _groups())}")
+    if added and added.group(1) not in groups():
+        _fail(f"There is no group '{added.group(1)}' to add.{nearest(added.group(1), groups())}")
 
 
 def _one_value(override: Override) -> str:
@@ -314,6 +314,9 @@ def _one_value(override: Override) -> str:
     text = override.input_line or ""
     if not override.is_sweep_override():
         return text
+    value = override.value()
+    if isinstance(value, IntervalSweep):  # for a sweeper that searches
+        return f"{text.split('=', 1)[0]}={value.start}"
     return f"{text.split('=', 1)[0]}={next(iter(override.sweep_string_iterator()))}"
 
 
@@ -340,11 +343,10 @@ def _explain_override(message: str, config_name: str, benchmark: str = "") -> st
     choices = [benchmark] if benchmark else _SOME_CHOICE.get(config_name, [])
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config: Any = OmegaConf.to_container(hydra.compose(config_name, overrides=choices))
-    groups = _groups()
     name = wrong.group(1) or wrong.group(2)
-    if name in groups:
+    if name in groups():
         return f"'{name}' is not chosen by default, so it is added with a plus: +{name}=..."
-    return f"There is no setting or group '{name}'.{nearest(name, [*flatten(config), *config, *groups])}"
+    return f"There is no setting or group '{name}'.{nearest(name, [*flatten(config), *config, *groups()])}"
 
 
 def _fail(message: object, code: int = 1) -> NoReturn:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 _EXAMPLES = """
 examples
-  python scripts/compare.py tiny tiny-siglip
-  python scripts/compare.py runs/tiny runs/tiny-siglip runs/tiny-ldpv2 --output comparison --rule paper
-  python scripts/compare.py results/pope/cobra-3b results/pope/mine
+  cobra compare tiny tiny-siglip
+  cobra compare runs/tiny runs/tiny-siglip runs/tiny-ldpv2 --output comparison --rule paper
+  cobra compare results/pope/cobra-3b results/pope/mine
 
 The evaluations are those of scripts/evaluate.py. Differences are on the questions that both of a pair answered.
 """

@@ -9,11 +9,11 @@ from pathlib import Path
 
 _EXAMPLES = """
 examples
-  python scripts/convert.py cobra-3b models/cobra-3b --to cobra
-  python scripts/convert.py runs/tiny exported --to public
-  python scripts/convert.py exported back --to cobra --vision exported/vision.yaml --llm exported/llm.yaml
-  python scripts/convert.py runs/tiny tiny-hf --to hf --results results
-  python scripts/convert.py state-spaces/mamba-2.8b mamba-2.8b-hf --to hf-mamba
+  cobra convert cobra-3b models/cobra-3b --to cobra
+  cobra convert runs/tiny exported --to public
+  cobra convert exported back --to cobra --vision exported/vision.yaml --llm exported/llm.yaml
+  cobra convert runs/tiny tiny-hf --to hf --results results
+  cobra convert state-spaces/mamba-2.8b mamba-2.8b-hf --to hf-mamba
 
 Nothing is cast. The target is written whole or not at all. The folder that the environment variable COBRA_WEIGHTS names
 is searched before the Hugging Face Hub.

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import hydra
-from _launch import CONFIGS, launch
+from _configs import CONFIGS, OWN, has_config
+from _launch import launch
 from omegaconf import DictConfig
 
 from cobra.config import DataConfig, PrepareConfig, as_config
+from cobra.errors import ConfigError
 
 
 def main(cfg: DictConfig) -> None:
@@ -23,7 +25,7 @@ def main(cfg: DictConfig) -> None:
         return composed
 
     def data_config(name: str) -> DataConfig | None:
-        if not (CONFIGS / "data" / f"{name}.yaml").is_file():
+        if not has_config(f"data/{name}"):
             return None
         return as_config(DataConfig, compose("pretrain", f"data={name}").data)
 
@@ -32,7 +34,17 @@ def main(cfg: DictConfig) -> None:
         for question in benchmark.questions():
             yield question.id, question.image, question.text, benchmark.show_truth(question)
 
-    prepare(config, configs=CONFIGS / "data", data_config=data_config, questions=questions)
+    check_own_name(config)
+    prepare(config, configs=OWN / "data", data_config=data_config, questions=questions)
+
+
+def check_own_name(config: PrepareConfig) -> None:
+    """Refuse a name under which training would find data of Cobra's instead."""
+    own = config.own
+    if own.annotations is None or own.config is not None or OWN.resolve() == CONFIGS:
+        return
+    if (CONFIGS / "data" / f"{own.name}.yaml").is_file():
+        raise ConfigError(f"own.name={own.name}: Cobra comes with data of that name; choose another one.")
 
 
 if __name__ == "__main__":

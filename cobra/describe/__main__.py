@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
+from cobra.__main__ import SCRIPTS
 from cobra.config import PretrainConfig, as_config
 from cobra.describe import TEXT_TOKENS, describe
 
@@ -18,7 +18,7 @@ def main() -> None:
         prog="python -m cobra.describe",
         usage="%(prog)s [--world-size N] [--text-tokens N] [+experiment=NAME] [group=choice] [key=value]",
         description="What a config of scripts/pretrain.py costs, without weights: parameters, FLOPs, memory, limits.",
-        epilog="Groups and settings are those of `python scripts/pretrain.py --help`; a finished run is described by "
+        epilog="Groups and settings are those of `cobra pretrain --help`; a finished run is described by "
         "--rerun runs/NAME/config.yaml.",
         allow_abbrev=False,
     )
@@ -30,17 +30,14 @@ def main() -> None:
         help=f"of a training example (default: {TEXT_TOKENS}, at most max_length)",
     )
     options, sys.argv[1:] = parser.parse_known_args()
-    scripts = Path(__file__).resolve().parents[2] / "scripts"
 
     def show(cfg: Any) -> None:
         config = as_config(PretrainConfig, cfg)
         found = describe(config, world_size=options.world_size, text_tokens=options.text_tokens)
         sys.stdout.write(f"{found}\n")
 
-    if not (scripts / "_launch.py").is_file():
-        parser.error(f"the configs come with a clone of the repository, and there is none around {scripts.parent}")
     # The library itself never composes configs: this command borrows the scripts' way to do it, errors included.
-    sys.path.insert(0, str(scripts))
+    sys.path.insert(0, str(SCRIPTS))
     import_module("_launch").launch("pretrain", show)
 
 

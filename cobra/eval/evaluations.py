@@ -71,7 +71,7 @@ def _folders(name: str, results: Path) -> list[Path]:
         raise DataError(f"{folder} has predictions but no results.json: finish its evaluation with the same command.")
     raise DataError(
         f"{name} is no evaluation: there is no results.json in it, in folders in it, or in {results}/*/{name}. "
-        f"Make one: python scripts/evaluate.py benchmark=... model={name}"
+        f"Make one: cobra evaluate benchmark=... model={name}"
     )
 
 

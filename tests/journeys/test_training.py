@@ -130,7 +130,7 @@ def test_two_stages_run_one_after_the_other(
     result = script("pretrain", "+experiment=tiny-aligned", *settings)
     assert result.returncode == 1 and not runs.exists()
     (line,) = result.stderr.splitlines()
-    assert "python scripts/pretrain.py +experiment=tiny-align " in line
+    assert "cobra pretrain +experiment=tiny-align " in line
 
     result = script("pretrain", "--multirun", "+experiment=tiny-align,tiny-aligned", *settings)
     assert result.returncode == 0, result.stderr

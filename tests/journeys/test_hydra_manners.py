@@ -1,0 +1,138 @@
+"""What users of Hydra expect: completion, own configs, sweeps that search or become cluster jobs; the page about it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+
+from cobra.config import PrepareConfig, PretrainConfig, as_config
+from cobra.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+PAGE = (ROOT / "docs" / "configuration.md").read_text()
+# Lines of the page that start a command: its name and its settings, without comments.
+COMMANDS = [
+    (name, shlex.split(rest, comments=True))
+    for name, rest in re.findall(r"^cobra (pretrain|evaluate)(.*)$", PAGE, re.MULTILINE)
+]
+
+PLUGINS = {
+    "hydra/sweeper=optuna": "hydra_plugins.hydra_optuna_sweeper",
+    "hydra/launcher=submitit_slurm": "hydra_plugins.hydra_submitit_launcher",
+}
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The modules in scripts/ can be imported; no own configs stay behind."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from _configs import OwnConfigs
+
+    monkeypatch.setattr(OwnConfigs, "first", None)
+    yield
+
+
+def composed(name: str, *overrides: str) -> DictConfig:
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra.compose(name, overrides=list(overrides), return_hydra_config=True)
+
+
+@pytest.mark.parametrize(("name", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else value[:1])
+def test_documented_command_composes(scripts: None, name: str, words: list[str]) -> None:
+    from _launch import _one_value, _renamed
+
+    for asked, plugin in PLUGINS.items():
+        if asked in words and find_spec(plugin) is None:
+            pytest.skip(f"needs {plugin}")
+    settings = [_renamed(word, "model", "load") for word in words if "=" in word or word.startswith("~")]
+    first = [_one_value(override) for override in OverridesParser.create().parse_overrides(settings)]
+    config = composed(name, *first).hydra
+    if "hydra/sweeper=optuna" in words:
+        assert config.sweeper._target_.endswith("OptunaSweeper") and config.sweeper.n_trials == 20
+    if "hydra/launcher=submitit_slurm" in words:
+        assert config.launcher._target_.endswith("SlurmLauncher") and config.launcher.gpus_per_node == 8
+
+
+def test_all_commands_of_the_page_are_found() -> None:
+    assert len(COMMANDS) == len(re.findall(r"^cobra ", PAGE, re.MULTILINE)) > 10
+
+
+@pytest.mark.parametrize(
+    ("line", "offered", "not_offered"),
+    [
+        ("cobra ", ["pretrain", "evaluate", "compare"], ["make_toy_benchmarks", "_launch"]),
+        ("cobra compare ", [], ["pretrain"]),
+        ("cobra pretrain +experiment=tiny-s", ["+experiment=tiny-siglip"], ["+experiment=tiny"]),
+        ("cobra evaluate benchmark=", ["benchmark=pope", "benchmark=gqa"], ["pretrain"]),
+    ],
+)
+def test_shell_completion(line: str, offered: list[str], not_offered: list[str], tmp_path: Path) -> None:
+    environment = {**os.environ, "COMP_LINE": line, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "cobra", "-sc", "query=bash"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    words = result.stdout.split()
+    assert set(offered) <= set(words) and not set(not_offered) & set(words)
+
+
+def test_own_configs_are_found(
+    scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from _configs import find_own_configs, groups, has_config
+
+    for name, text in (("train/mine", "max_steps: 7\n"), ("train/tiny", "max_steps: 8\n"), ("mixes/one", "a: 1\n")):
+        file = tmp_path / "configs" / f"{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.WARNING, "cobra"):
+        find_own_configs(None)
+    assert [record.getMessage().split()[0] for record in caplog.records] == ["configs/train/tiny.yaml"]
+    assert composed("pretrain", "train=mine").train.max_steps == 7
+    assert composed("pretrain", "train=tiny").train.max_steps == 400  # Cobra's
+    assert has_config("train/mine") and not has_config("train/other") and "mixes" in groups()
+    caplog.clear()
+    find_own_configs("configs")
+    assert not caplog.records
+    assert composed("pretrain", "train=tiny").train.max_steps == 8
+
+
+def test_own_data_cannot_take_a_name_of_cobras(scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prepare import check_own_name
+
+    monkeypatch.chdir(tmp_path)
+
+    def own(name: str) -> PrepareConfig:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            asked = ["own.annotations=a.csv", "own.images=b", f"own.name={name}"]
+            return as_config(PrepareConfig, hydra.compose("prepare", overrides=asked))
+
+    check_own_name(own("mine"))
+    with pytest.raises(ConfigError, match=r"own.name=toy"):  # data=toy would be Cobra's
+        check_own_name(own("toy"))
+
+
+def test_search_is_told_the_score_or_else_the_loss(
+    scripts: None, tiny_config: Callable[..., PretrainConfig], tmp_path: Path
+) -> None:
+    from pretrain import outcome
+
+    rows = [{"step": 1, "loss": 2.0}, {"step": 1, "validation/easyvqa": 30.0}, {"step": 2, "loss": 1.5}]
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert outcome(tiny_config(f"paths.runs={tmp_path}")) == 1.5
+    assert outcome(tiny_config(f"paths.runs={tmp_path}", "validation.every=1")) == 30.0
