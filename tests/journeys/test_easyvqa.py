@@ -101,9 +101,9 @@ CONVERSIONS = [line for line in COMMANDS if "convert.py" in line]
 
 
 def test_readme_conversion_loads_again(folder: Path, command: Callable[..., list[str]]) -> None:
-    (line,) = CONVERSIONS
-    assert line.split()[2:4] == ["runs/tiny", "exported"]
-    subprocess.run(command("convert", *line.split()[2:]), cwd=folder, check=True)
+    assert CONVERSIONS[0].split()[2:4] == ["runs/tiny", "exported"]
+    for line in CONVERSIONS:
+        subprocess.run(command("convert", *line.split()[2:]), cwd=folder, check=True)
     (load,) = re.findall(r"^ {4}(vlm = cobra\.load\(\"exported\".*\))", README.read_text(), flags=re.MULTILINE)
     subprocess.run([sys.executable, "-c", f"import cobra\n{load}"], cwd=folder, check=True)
 
