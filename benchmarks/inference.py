@@ -91,28 +91,45 @@ def prompts(batch: int, length: int, vocab_size: int, device: torch.device) -> T
     return torch.randint(vocab_size, (batch, length), generator=generator).to(device)
 
 
+def nothing() -> None:
+    """Called where nobody looks at the clock."""
+
+
+def timed(model: Subject, ids: Tensor, new: int) -> tuple[float, float]:
+    """Seconds to the first token, and from it to the last."""
+    marks: list[float] = []
+
+    def mark() -> None:
+        synchronize(ids.device)
+        marks.append(time.perf_counter())
+
+    mark()
+    model.generate(ids, new, mark)
+    mark()
+    start, first, end = marks
+    return first - start, end - first
+
+
 def case(models: Sequence[Subject], ids: Tensor, new: int, block: Tensor, rounds: int) -> list[Row]:
-    """All models on the same prompts; time after the first token is that of `new` tokens less that of one.
+    """All models on the same prompts.
 
     Memory is read in every round as well: others on the machine take their share of it from minute to minute.
     """
     device, (batch, length) = ids.device, ids.shape
     reading: list[float] = []
-    answers = {model.name: model.generate(ids, new) for model in models}  # compiles and fills caches as well
+    answers = {model.name: model.generate(ids, new, nothing) for model in models}  # compiles and fills caches as well
     expected = answers.get(REFERENCE)
     times: dict[str, list[tuple[float, float]]] = {model.name: [] for model in models}
     for _ in range(rounds):
         block.sum()
         reading.append(seconds(block.sum, device))
         for model in models:
-            first = seconds(lambda model=model: model.generate(ids, 1), device)
-            whole = seconds(lambda model=model: model.generate(ids, new), device)
-            times[model.name].append((first, whole))
+            times[model.name].append(timed(model, ids, new))
     speed = block.nbytes / statistics.median(reading)
     rows: list[Row] = []
     for model in models:
         first = statistics.median(first for first, _ in times[model.name])
-        step = statistics.median(whole - first for first, whole in times[model.name]) / (new - 1)
+        step = statistics.median(rest for _, rest in times[model.name]) / (new - 1)
         comparable = expected is not None and model.row_bytes(1) == model.row_bytes(2)  # a Mamba
         rows.append(
             Row(
@@ -149,15 +166,15 @@ def _measure_peak(options: argparse.Namespace, device: torch.device) -> int:
     dtype = getattr(torch, options.dtype)
     model = next(m for m in subjects(options.size, device, dtype, options.quantize, only=options.child))
     ids = prompts(options.batches[0], options.prompts[0], SIZES[options.size].mamba.vocab_size, device)
-    model.generate(ids[:, :2], 2)
+    model.generate(ids[:, :2], 2, nothing)
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        model.generate(ids, options.new_tokens[0])
+        model.generate(ids, options.new_tokens[0], nothing)
         return torch.cuda.max_memory_allocated(device) - before
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (Linux alone has that)
     before = _peak_of_process()
-    model.generate(ids, options.new_tokens[0])
+    model.generate(ids, options.new_tokens[0], nothing)
     return _peak_of_process() - before
 
 

@@ -19,6 +19,7 @@ from cobra.models.mamba import MambaLM
 from cobra.models.quantized import is_quantized, quantize_projections
 from cobra.models.state import state_bytes
 
+Generate = Callable[[Tensor, int, Callable[[], None]], Tensor]
 NEVER = -2  # no token has this id: no answer ends before its limit
 
 
@@ -54,7 +55,7 @@ class Subject:
     """A language model that continues prompts greedily.
 
     Attributes:
-        generate: ids [B, L] and a number of new tokens -> new ids [B, N].
+        generate: ids [B, L], a number of new tokens, and what is called when the first of them is there -> ids [B, N].
         weight_bytes: read for each token.
         row_bytes: context length -> bytes that one row's memory has, read for each token.
         rewrites: whether this memory is also written anew with each token, as a Mamba's state is.
@@ -62,7 +63,7 @@ class Subject:
     """
 
     name: str
-    generate: Callable[[Tensor, int], Tensor]
+    generate: Generate
     weight_bytes: int
     row_bytes: Callable[[int], int]
     rewrites: bool
@@ -90,12 +91,14 @@ def cobra_subject(name: str, model: MambaLM) -> Subject:
     """Cobra's engine as it is."""
 
     @torch.inference_mode()
-    def generate(ids: Tensor, new_tokens: int) -> Tensor:
+    def generate(ids: Tensor, new_tokens: int, on_first: Callable[[], None]) -> Tensor:
         steps = decode(
             model, ids.tolist(), None, max_new_tokens=new_tokens, end_id=NEVER, sampling=Sampling()
         )  # fmt: skip
         rows: list[list[int]] = [[] for _ in ids]
-        for pairs in steps:
+        for number, pairs in enumerate(steps):
+            if number == 0:
+                on_first()
             for row, token in pairs:
                 rows[row].append(token)
         return torch.tensor(rows)
@@ -117,14 +120,29 @@ def _quantized(kind: str, config: LLMConfig, device: torch.device, dtype: torch.
     return cobra_subject(f"Cobra {kind}", model)
 
 
-def _greedy(model: Any) -> Callable[[Tensor, int], Tensor]:
+class _Watch:
+    """A streamer, as transformers calls it: with the prompt, then with each token."""
+
+    def __init__(self, on_first: Callable[[], None]) -> None:
+        self.calls, self.on_first = 0, on_first
+
+    def put(self, _value: Tensor) -> None:
+        self.calls += 1
+        if self.calls == 2:
+            self.on_first()
+
+    def end(self) -> None:
+        pass
+
+
+def _greedy(model: Any) -> Generate:
     """The `generate` of a transformers model, for exactly so many tokens."""
 
     @torch.inference_mode()
-    def generate(ids: Tensor, new_tokens: int) -> Tensor:
+    def generate(ids: Tensor, new_tokens: int, on_first: Callable[[], None]) -> Tensor:
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-            do_sample=False, pad_token_id=0, eos_token_id=None,
+            do_sample=False, pad_token_id=0, eos_token_id=None, streamer=_Watch(on_first),
         )  # fmt: skip
         return out[:, ids.shape[1] :].cpu()
 
@@ -186,8 +204,9 @@ def official_mamba(ours: MambaLM) -> Subject | None:
     theirs.load_state_dict(ours.state_dict())
 
     @torch.inference_mode()
-    def generate(ids: Tensor, new_tokens: int) -> Tensor:
-        out = theirs.generate(ids, max_length=ids.shape[1] + new_tokens, cg=True)
+    def generate(ids: Tensor, new_tokens: int, on_first: Callable[[], None]) -> Tensor:
+        watch = _Watch(on_first)
+        out = theirs.generate(ids, max_length=ids.shape[1] + new_tokens, cg=True, streamer=watch)
         return out[:, ids.shape[1] :].cpu()
 
     return Subject(
