@@ -13,6 +13,8 @@ from cobra.generation.sampling import NOT_FINITE, Sampler, Sampling
 from cobra.models.mamba import MambaLM
 from cobra.models.state import MambaState
 
+SHORT_RUN = 4  # steps; nobody waits long for a first token then, and those who go on are hardly slowed down
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -109,6 +111,23 @@ def one_step(llm: MambaLM, rows: Rows, limit: int) -> Tensor:
     return advance(llm, rows, 1)
 
 
+def run_limit(counts: Sequence[int], left: Sequence[int], others_wait: bool) -> int:
+    """Return how many steps may be taken before the host sees their tokens.
+
+    Args:
+        counts: tokens of each answer so far; each has one from its prompt.
+        left: tokens that each may still get.
+        others_wait: prompts are being read.
+    """
+    if max(counts) == 1:
+        steps = 1  # the whole batch is new, and answers of one word are common
+    elif others_wait or min(counts) <= SHORT_RUN:
+        steps = SHORT_RUN
+    else:
+        steps = max(SHORT_RUN, min(left))  # an answer that ends sooner holds its row no longer than a short run
+    return min(steps, max(left))
+
+
 @dataclass
 class _Answer:
     """What the host knows of a row."""
@@ -157,16 +176,17 @@ class Running:
                 self._rows.join(rows)
         return events
 
-    def advance(self) -> list[Event]:
-        """Continue every answer by one token or several."""
+    def advance(self, *, others_wait: bool = False) -> list[Event]:
+        """Continue every answer by one token or several, and by few if others wait to begin."""
         if self._rows is None:
             return []
-        left = max(answer.request.max_new_tokens - answer.count for answer in self._answers)
-        youngest = min(answer.count for answer in self._answers)  # so that short answers cost no long run in vain
+        counts = [answer.count for answer in self._answers]
+        left = [answer.request.max_new_tokens - answer.count for answer in self._answers]
         watched = [row for row, answer in enumerate(self._answers) if answer.request.keep_state]
         before = self._rows.state[watched] if watched else None
-        # The only time that the device is awaited.
-        columns = self._stepper(self._llm, self._rows, min(left, youngest)).T.tolist()
+        # The device is awaited here: once for the tokens of all rows. (Picking rows by number, above and when some
+        # leave, sends the numbers to it.)
+        columns = self._stepper(self._llm, self._rows, run_limit(counts, left, others_wait)).T.tolist()
         events: list[Event] = []
         kept: list[int] = []
         for row, (answer, tokens) in enumerate(zip(self._answers, columns, strict=True)):

@@ -111,7 +111,7 @@ class Scheduler:
             ticket, request = self._waiting.popleft()
             state = self._start if request.state is None else request.state
             self._reading.append(_Reading(ticket, replace(request, state=None), state))  # the prefix may be freed
-        events = self._running.advance()
+        events = self._running.advance(others_wait=bool(self._reading))
         if self._reading:
             events += self._read_chunk()
         return events

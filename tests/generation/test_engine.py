@@ -192,7 +192,7 @@ def test_broken_models_are_reported_later(lm: MambaLM) -> None:
 def test_wrong_use_is_refused_at_once(lm: MambaLM) -> None:
     prompts = make_prompts(4, 3)
     for options, message in (
-        ({"max_new_tokens": 0, "sampling": Sampling()}, "max_new_tokens=0 must be at least 1"),
+        ({"max_new_tokens": 0, "sampling": Sampling()}, "max_new_tokens=0 must be a whole number, at least 1"),
         ({"max_new_tokens": 1, "sampling": Sampling(seed=[1, 2, 3])}, "seed holds 3 numbers for 2 answers"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_map
 from cobra.generation import graph
 from cobra.generation import scheduler as scheduler_module
 from cobra.generation.engine import decode
-from cobra.generation.graph import GraphStepper, lent_stepper
-from cobra.generation.rows import one_step
+from cobra.generation.graph import Capture, GraphStepper, lent_stepper, release_graphs
+from cobra.generation.rows import advance, one_step, run_limit
 from cobra.generation.sampling import Sampling
 from cobra.generation.scheduler import Request, Scheduler
 from cobra.models.mamba import MambaLM
@@ -60,19 +60,34 @@ class Recorder(TorchDispatchMode):
 
 
 class StandIn:
-    """Captures as `CudaCapture` does: a few runs first, whose results do not matter."""
+    """Makes captures that do as `CudaCapture` does: a few runs first, whose results do not matter.
+
+    The graphs of one capture share memory that goes with the last of them: then it must not be used again.
+    """
 
     def __init__(self) -> None:
         self.captures = 0
+        self.last = Recorder()
 
-    def __call__(self, body: Callable[[], None]) -> Callable[[], object]:
-        self.captures += 1
-        for _ in range(2):
-            body()
-        recorder = Recorder()
-        with recorder:
-            body()
-        return recorder.replay
+    def __call__(self) -> Capture:
+        alive: weakref.WeakSet[Recorder] = weakref.WeakSet()
+        is_used = False
+
+        def capture(body: Callable[[], None]) -> Callable[[], object]:
+            nonlocal is_used
+            assert alive or not is_used, "this capture's memory is gone"
+            is_used = True
+            self.captures += 1
+            for _ in range(2):
+                body()
+            recorder = Recorder()
+            with recorder:
+                body()
+            alive.add(recorder)
+            self.last = weakref.proxy(recorder)
+            return recorder.replay
+
+        return capture
 
 
 @pytest.fixture
@@ -129,7 +144,7 @@ def test_greedy_tokens_equal_full_passes(lm: MambaLM, stand_in: StandIn, rows: i
     assert run(lm, rows, limit=40, end_id=end_id, is_over=is_over) == expected
     assert [heard[row] for row in range(rows)] == expected  # nothing behind an answer's end is told
     assert run(lm, rows, limit=40) == wholes
-    assert stand_in.captures > 3
+    assert stand_in.captures > 2
 
 
 @pytest.mark.parametrize(
@@ -185,10 +200,9 @@ def test_rows_come_and_go(lm: MambaLM, request: pytest.FixtureRequest) -> None:
     assert len(after) == 5
 
 
-@pytest.mark.parametrize(("limit", "counts"), [(1, []), (2, [1]), (4, [1, 2]), (40, [1, 2, 4, 8, 16, 8])])
-def test_runs_double_and_end_with_the_answers(
-    lm: MambaLM, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch, limit: int, counts: list[int]
-) -> None:
+@pytest.fixture
+def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps of each run, as they are made."""
     found: list[int] = []
     call = GraphStepper.__call__
 
@@ -198,18 +212,85 @@ def test_runs_double_and_end_with_the_answers(
         return tokens
 
     monkeypatch.setattr(GraphStepper, "__call__", watched)
+    return found
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(1, []), (2, [1]), (4, [1, 1, 1]), (40, [1, 4, 16, 16, 1, 1])])
+def test_runs_grow_and_end_with_the_answers(
+    lm: MambaLM, stand_in: StandIn, lengths: list[int], limit: int, expected: list[int]
+) -> None:
     run(lm, 2, limit=limit)
-    assert found == counts
+    assert lengths == expected
+
+
+@pytest.mark.parametrize(
+    ("counts", "left", "others_wait", "expected"),
+    [
+        ([1, 1], [50, 9], False, 1),
+        ([1, 90], [50, 60], False, 4),
+        ([5, 90], [50, 60], False, 50),
+        ([5, 90], [50, 60], True, 4),
+        ([5, 90], [50, 2], False, 4),  # and no run of 2 or 1 for all, because one is nearly done
+        ([5, 90], [3, 2], True, 3),
+        ([1, 1], [1, 1], True, 1),
+    ],
+)
+def test_newcomers_shorten_a_run_but_not_to_single_steps(
+    counts: list[int], left: list[int], others_wait: bool, expected: int
+) -> None:
+    assert run_limit(counts, left, others_wait) == expected
+
+
+def test_steady_arrivals_leave_runs_of_several_steps(lm: MambaLM, stand_in: StandIn, lengths: list[int]) -> None:
+    scheduler = Scheduler(lm, end_id=NO_END, max_rows=4)
+    scheduler.add(Request(prompt=[1, 2], max_new_tokens=200))
+    told: dict[int, int] = {}  # the call of `step` in which an answer's first token came
+    for call in range(20):
+        newcomer = scheduler.add(Request(prompt=[3], max_new_tokens=10))
+        for event in scheduler.step():
+            told.setdefault(event.ticket, call)
+        assert newcomer > 3 or told[newcomer] == call  # while there is room
+    assert lengths[:1] == [1] and set(lengths[1:]) == {4}
 
 
 def test_graphs_are_kept_for_the_next_call(lm: MambaLM, stand_in: StandIn) -> None:
     first = run(lm, 3, limit=20)
-    assert stand_in.captures == 4  # runs of 1, 2, 4 and 8; the last four tokens need none of their own
-    assert run(lm, 3, limit=20) == first and stand_in.captures == 4
+    assert stand_in.captures == 2  # runs of 1 and 4
+    assert run(lm, 3, limit=20) == first and stand_in.captures == 2
     run(lm, 4, limit=20)
-    assert stand_in.captures == 4  # the same bucket
+    assert stand_in.captures == 2  # the same bucket
     run(lm, 5, limit=20)
-    assert stand_in.captures == 8
+    assert stand_in.captures == 4
+    release_graphs(lm)
+    assert run(lm, 3, limit=20) == first and stand_in.captures == 6
+
+
+def test_few_graphs_are_kept(lm: MambaLM, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last used of one batch, and those of two batches."""
+    expected = [run(lm, rows, limit=12) for rows in (1, 2, 3)]
+    before = stand_in.captures
+    release_graphs(lm)
+    monkeypatch.setattr(graph, "MOST_GRAPHS", 3)
+    assert [run(lm, rows, limit=12) for rows in (1, 2, 3, 3)] == [*expected, expected[2]]
+    assert stand_in.captures == 2 * before  # those of three rows were there again
+    assert run(lm, 1, limit=12) == expected[0] and stand_in.captures > 2 * before  # those of one row were not
+
+    settings: dict[str, Any] = {"max_new_tokens": 12, "end_id": NO_END, "sampling": Sampling()}
+    iterators = [decode(lm, [prompt], None, **settings) for prompt in make_prompts(2, 2, 2)]
+    for iterator in iterators:
+        next(iterator), next(iterator)
+    for iterator in iterators:
+        iterator.close()
+    assert len(graph._idle[lm]) == 2
+
+
+def test_a_temperature_alone_costs_no_sorting(lm: MambaLM, stand_in: StandIn) -> None:
+    def sorts(**options: Any) -> int:
+        run(lm, 1, limit=2, **options)
+        return sum("sort" in str(func) for func, *_ in stand_in.last.operations)
+
+    assert sorts(temperature=1.0) == 0
+    assert sorts(temperature=1.0, top_p=0.9) == 1
 
 
 def test_decoding_in_between_changes_nothing(lm: MambaLM, stand_in: StandIn) -> None:
@@ -238,25 +319,69 @@ def test_new_weights_and_backends_make_new_graphs(lm: MambaLM, stand_in: StandIn
     assert third[0] == greedy(lm, [*prefix, *prompt], 9)
 
 
-def test_failing_captures_are_told_once_and_decoding_goes_on(
-    lm: MambaLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_changed_dtype_makes_new_graphs(lm: MambaLM, stand_in: StandIn) -> None:
+    run(lm, 2, limit=9)
+    captures = stand_in.captures
+    lm.float()
+    expected = [greedy(lm, prompt, 9) for prompt in make_prompts(4, 2)]
+    steps = decode(lm, make_prompts(4, 2), None, max_new_tokens=9, end_id=NO_END, sampling=Sampling())
+    assert list(by_row(steps).values()) == expected
+    assert stand_in.captures == 2 * captures
+
+
+def test_hooks_are_run_at_every_step(lm: MambaLM, stand_in: StandIn) -> None:
+    """A graph holds what they did when it was captured, so there is none while there are hooks."""
+    first, captures = run(lm, 2, limit=9), stand_in.captures
+    calls = Counter[str]()
+
+    def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        calls["all"] += 1
+        return -output
+
+    handle = lm.lm_head.register_forward_hook(hook)
+    assert run(lm, 2, limit=9) != first
+    assert calls["all"] == 9 and stand_in.captures == captures
+    handle.remove()
+    assert run(lm, 2, limit=9) == first and stand_in.captures == 2 * captures
+
+
+@pytest.mark.parametrize(("failures", "attempts", "warnings"), [(1, 4, 0), (9, 2, 1)])
+def test_captures_that_fail_twice_are_given_up_and_told_once(
+    lm: MambaLM,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    failures: int,
+    attempts: int,
+    warnings: int,
 ) -> None:
     expected = run(lm, 3, limit=25)
-    attempts = Counter[str]()
+    made = Counter[str]()
+    stand_in = StandIn()
 
-    def fail(body: Callable[[], None]) -> Any:
-        attempts["all"] += 1
-        body()
-        if attempts["all"] > 2:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
-        return body
+    def new_capture() -> Capture:
+        capture = stand_in()
 
-    monkeypatch.setattr(graph, "new_stepper", lambda llm: GraphStepper(fail))
+        def failing(body: Callable[[], None]) -> Any:
+            made["attempts"] += 1
+            body()
+            if made["attempts"] <= failures:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+            return capture(body)
+
+        return failing
+
+    monkeypatch.setattr(graph, "new_stepper", lambda llm: GraphStepper(new_capture))
+    monkeypatch.setattr(graph, "_told", False)
     with caplog.at_level(logging.WARNING):
         assert run(lm, 3, limit=25) == expected
         assert run(lm, 3, limit=25) == expected
-    assert attempts["all"] == 3 and len(caplog.records) == 1
-    assert "without CUDA graphs" in caplog.text and "not permitted" in caplog.text and "more of it" not in caplog.text
+        assert made["attempts"] == attempts and len(caplog.records) == warnings
+        release_graphs(lm)
+        assert run(lm, 3, limit=25) == expected  # another stepper, which does not say it again
+    assert len(caplog.records) == warnings
+    if warnings:
+        assert "without CUDA graphs" in caplog.text and "not permitted" in caplog.text
+        assert "more of it" not in caplog.text
 
 
 def test_models_are_freed(stand_in: StandIn) -> None:
@@ -274,19 +399,157 @@ def test_a_cpu_does_one_step_at_a_time(lm: MambaLM) -> None:
         assert stepper is one_step
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def on_gpu(lm: MambaLM, device: str = "cuda", **options: Any) -> list[list[int]]:
+    """Three answers, in buckets of 4, 2 and 1 rows as they end."""
+    whole = dict[str, Any](max_new_tokens=50, end_id=7, sampling=Sampling(**options))
+    answers = by_row(decode(lm.to(device), make_prompts(7, 2, 13), None, **whole))
+    return [answers[row] for row in range(3)]
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[int]]]:
+    """As `on_gpu`, by single steps."""
+
+    def decode_eagerly(*args: Any, **options: Any) -> list[list[int]]:
+        with monkeypatch.context() as patch:
+            patch.setattr(graph, "new_stepper", lambda llm: one_step)
+            return on_gpu(*args, **options)
+
+    return decode_eagerly
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count what real captures do; a test that sees none would have compared single steps with themselves."""
+    counts = Counter[str]()
+    call = graph.CudaCapture.__call__
+
+    def counted(self: Any, body: Callable[[], None]) -> Any:
+        replay = call(self, body)
+        counts["made"] += 1
+
+        def replayed() -> None:
+            counts["replayed"] += 1
+            replay()
+
+        return replayed
+
+    monkeypatch.setattr(graph.CudaCapture, "__call__", counted)
+    return counts
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 9, "top_p": 0.9, "repetition_penalty": 1.2}])
-def test_a_gpu_gives_the_tokens_of_single_steps(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_gpu_gives_the_tokens_of_single_steps(options: Any, eager: Any, captures: Counter[str]) -> None:
+    lm = make_lm()
+    assert on_gpu(lm, **options) == eager(lm, **options)
+    assert captures["made"] and captures["replayed"] > captures["made"]
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpu_captures_again_after_new_weights(eager: Any, captures: Counter[str]) -> None:
+    """All graphs are dropped in between, and the memory that they shared with them; and so for a model that moves."""
+    lm = make_lm()
+    first, made = on_gpu(lm), captures["made"]
+    lm.lm_head.weight = torch.nn.Parameter(lm.lm_head.weight.flip(0), requires_grad=False)
+    second = on_gpu(lm)
+    assert second != first and captures["made"] > made
+    assert second == eager(lm)
+    made = captures["made"]
+    on_gpu(lm, "cpu")
+    assert captures["made"] == made
+    assert on_gpu(lm) == second
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpu_decodes_on_when_captures_fail(
+    eager: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Real CUDA graphs; in float32, as sums of a batch may round otherwise and tokens be as likely."""
-    lm = make_lm().float().cuda()
-    prompts = make_prompts(7, 2, 13)
-    settings: dict[str, Any] = {"max_new_tokens": 50, "end_id": NO_END, "sampling": Sampling(**options)}
-    with caplog.at_level(logging.WARNING, logger=graph.__name__):
-        found = by_row(decode(lm, prompts, None, **settings))
-    assert not caplog.records
-    monkeypatch.setattr(graph, "new_stepper", lambda llm: one_step)
-    graph._idle.clear()
-    assert found == by_row(decode(lm, prompts, None, **settings))
+    lm = make_lm()
+    expected = eager(lm)
+
+    def waits(*args: Any) -> Tensor:
+        tokens = advance(*args)
+        tokens.sum().item()  # what a capture cannot hold
+        return tokens
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger=graph.__name__):
+        patch.setattr(graph, "advance", waits)
+        patch.setattr(graph, "_told", False)
+        before = torch.cuda.current_stream()
+        assert on_gpu(lm) == expected
+        assert torch.cuda.current_stream() == before
+        assert len(caplog.records) == 1 and "without CUDA graphs" in caplog.text
+    release_graphs(lm)
+    assert on_gpu(lm) == expected  # by graphs again: the failures have left nothing behind
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_rows_come_and_go_on_a_gpu(captures: Counter[str]) -> None:
+    lm = make_lm()
+    prompts, limits = make_prompts(7, 2, 13, 5, 3), [33, 50, 18, 7, 41]
+    samplings = [Sampling(), Sampling(temperature=1.0, top_k=5), Sampling(repetition_penalty=1.4), Sampling()]
+    samplings.append(Sampling(temperature=3.0, top_k=90, top_p=0.9, seed=8))
+    expected: list[list[int]] = []
+    for prompt, limit, sampling in zip(prompts, limits, samplings, strict=True):
+        steps = decode(lm, [prompt], None, max_new_tokens=limit, end_id=NO_END, sampling=sampling)  # on the CPU
+        expected.append(by_row(steps)[0])
+    scheduler = Scheduler(lm.cuda(), end_id=NO_END, max_rows=4, chunk=8)
+    found: dict[int, list[int]] = defaultdict(list)
+    for prompt, limit, sampling in zip(prompts, limits, samplings, strict=True):
+        ticket = scheduler.add(Request(prompt=prompt, max_new_tokens=limit, sampling=sampling))
+        while len(scheduler) and (ticket == 4 or not found[ticket]):
+            for event in scheduler.step():
+                found[event.ticket] += [] if event.token is None else [event.token]
+    assert [found[row] for row in range(5)] == expected
+    assert captures["replayed"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_capture_each_their_own(eager: Any, captures: Counter[str]) -> None:
+    """The current device stays the first."""
+    first, second = make_lm(), make_lm()
+    expected = eager(first, "cuda:0")
+    assert on_gpu(first, "cuda:0") == expected
+    made = captures["made"]
+    assert on_gpu(second, "cuda:1") == expected and captures["made"] == 2 * made
+    assert on_gpu(first, "cuda:0") == expected and captures["made"] == 2 * made
+    assert on_gpu(first, "cuda:1") == expected  # moved
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_capture_holds_the_triton_step(dtype: torch.dtype, captures: Counter[str]) -> None:
+    """Logits and not tokens, which may be as likely as others in these types; the same kernels give the same."""
+    pytest.importorskip("triton")
+    lm = make_lm().to("cuda", dtype)
+    tokens = torch.tensor([5, 9], device="cuda")
+    with use_backend("triton"), torch.inference_mode():
+        _, state = lm(lm.embed(tokens[:, None]))
+        expected, after = lm.step(tokens, state)
+        found = torch.zeros_like(expected)
+        ssm = torch.zeros_like(after.ssm[-1])
+
+        def body() -> None:
+            hidden, moved = lm.step(tokens, state)
+            found.copy_(hidden)
+            ssm.copy_(moved.ssm[-1])
+
+        replay = graph.CudaCapture()(body)
+        found.zero_()
+        ssm.zero_()
+        replay()
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        torch.testing.assert_close(ssm, after.ssm[-1], rtol=0, atol=0)
+        tokens += 1  # read at the same address
+        replay()
+        torch.testing.assert_close(found, lm.step(tokens, state)[0], rtol=0, atol=0)

@@ -283,7 +283,7 @@ def test_wrong_requests_are_refused_at_once() -> None:
     scheduler = Scheduler(LM, end_id=NO_END)
     other = MambaState([torch.zeros(1, 3, 32)] * 2, [torch.zeros(1, 32, 16)] * 2)
     for wrong, error, message in (
-        (request(0, max_new_tokens=0), ConfigError, "max_new_tokens=0 must be at least 1"),
+        (request(0, max_new_tokens=0), ConfigError, "max_new_tokens=0 must be a whole number, at least 1"),
         (request(0, prompt=[]), ConfigError, "The prompt is empty"),
         (request(0, prompt=[3, VOCAB]), ConfigError, f"The prompt holds token {VOCAB}, outside"),
         (request(0, sampling=Sampling(seed=[1])), ConfigError, r"seed=\[1\] must be a single number"),
