@@ -374,3 +374,30 @@ def test_another_tokenizer_is_refused(
     ):
         with pytest.raises(ConfigError, match=rf"{message}.*llm=\{{'tokenizer'"):
             cobra.load(tmp_path / "model", device="cpu", llm={"tokenizer": str(file)})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be a whole number"),
+        ({"max_new_tokens": float("nan")}, "max_new_tokens=nan"),
+        ({"max_new_tokens": "5"}, "max_new_tokens='5'"),
+        ({"top_k": 2**70}, "top_k="),
+        ({"beams": 4}, "beams is no option of an answer; choose among max_new_tokens"),
+    ],
+)
+def test_odd_options_are_refused(vlm: cobra.Cobra, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        vlm.generate(None, PROMPT, **options)
+
+
+def test_numpys_whole_numbers_are_numbers(vlm: cobra.Cobra, paths: list[Path]) -> None:
+    plain = vlm.generate(paths[0], PROMPT, temperature=2.0, seed=3, top_k=5)
+    assert vlm.generate(paths[0], PROMPT, temperature=2.0, seed=np.int64(3), top_k=np.int32(5)) == plain
+    assert vlm.generate(paths[0], [PROMPT], temperature=2.0, seed=[np.int64(3)], top_k=5) == [plain]
+
+
+@pytest.mark.parametrize("prompt", [None, 5, [5], [None], b"what?", "half a pair: \ud800"])
+def test_prompts_that_are_no_text_are_refused(vlm: cobra.Cobra, prompt: Any) -> None:
+    with pytest.raises(ConfigError, match=r"A prompt is text|no character"):
+        vlm.generate(None, prompt)

@@ -84,6 +84,16 @@ def test_another_image_is_another_conversation(asker: Asker, images: list[Image.
     assert asker.see(visit, images[0].copy()) is first
 
 
+def test_images_are_told_apart_by_their_colours(asker: Asker) -> None:
+    red, blue = (Image.new("P", (8, 8)) for _ in range(2))
+    red.putpalette([255, 0, 0])
+    blue.putpalette([0, 0, 255])
+    assert red.tobytes() == blue.tobytes()
+    visit = Visit()
+    _, chat = asker.see(visit, red)
+    assert asker.see(visit, blue)[1] is not chat
+
+
 def test_visitors_do_not_mix(asker: Asker, vlm: cobra.Cobra, images: list[Image.Image]) -> None:
     """Answers that grow at the same time."""
     streams = [asker.stream(Visit(), image, "what?", 2.0, 30) for image in images]
