@@ -12,12 +12,13 @@ from pathlib import Path
 
 import hydra
 import pytest
-from conftest import CONFIGS
 
 from cobra.api import Cobra
 from cobra.config import ServeConfig, as_config
 from cobra.errors import ConfigError
 from cobra.serve.run import listen
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def compose(*overrides: str) -> ServeConfig:
