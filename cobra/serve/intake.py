@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -20,6 +21,10 @@ from cobra.serve.schema import ChatRequest, parse
 from cobra.serve.worker import Job
 
 _CHARACTERS_PER_TOKEN = 16  # longer texts are refused before they are split into tokens
+_BYTES_PER_CHARACTER = 6  # of JSON: \uXXXX
+_OTHER_BYTES = 2**16  # of a body, for all that is neither a conversation's text nor an image
+_QUICK_BYTES = 2**16  # shorter bodies are checked without a thread
+_IMAGE = re.compile(rb'"data:[^"]{1000,}"')
 _BODIES = 8  # times `max_body_bytes`: what all bodies that are being read may take together
 
 
@@ -58,7 +63,8 @@ class Intake:
             ClientDisconnect: it does not arrive.
         """
         with self._counted_bytes() as count:
-            asked = parse(await _read_body(request, self._config.max_body_bytes, count))
+            body = await _read_body(request, self._config.max_body_bytes, count)
+            asked = await asyncio.to_thread(self._parse, body) if len(body) > _QUICK_BYTES else self._parse(body)
             self._check(asked)
             pieces = render(turns_of(asked.messages), self._vlm.prompt)
             images = [piece.url for piece in pieces if isinstance(piece, ImageSource)]
@@ -75,7 +81,7 @@ class Intake:
             stops=tuple(asked.stop or ()),
             is_streamed=bool(asked.stream),
         )
-        wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        wants_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
         return Order(job=job, prompt_tokens=num_tokens, wants_usage=wants_usage)
 
     @contextmanager
@@ -94,6 +100,16 @@ class Intake:
             yield count
         finally:
             self._body_bytes -= mine
+
+    def _parse(self, body: bytes) -> ChatRequest:
+        """Check the form of a body, if there is not more of it beside its images than a conversation needs.
+
+        JSON takes up to a hundred times more memory when it is read, but its strings do not.
+        """
+        limit = _OTHER_BYTES + _BYTES_PER_CHARACTER * _CHARACTERS_PER_TOKEN * self._config.max_prompt_tokens
+        if len(body) > limit and len(body) - sum(len(image[0]) for image in _IMAGE.finditer(body)) > limit:
+            raise ApiError(413, f"The body without images is larger than {limit} bytes, which is this server's limit.")
+        return parse(body)
 
     def _check(self, asked: ChatRequest) -> None:
         """Refuse what this server does not have or allow."""

@@ -15,6 +15,7 @@ import time
 import urllib.request
 import zlib
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,8 +25,10 @@ import openai
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from cobra.api import Cobra
+from cobra.serve.schema import ChatRequest
 from cobra.serve.streams import EventStream
 from serve.conftest import Running, data_url
 from serve.test_chat_completions import ASK, ask, image_part, text, user
@@ -148,6 +151,30 @@ def test_large_bodies_are_refused(serve) -> None:
             status, answer = post(running, body, **encoding)
             assert (status, answer["error"]["type"]) == (413, "invalid_request_error")
         assert text(running.client(), user(ASK))
+
+
+@pytest.mark.parametrize("form", ['"messages":[%s]', '"messages":[{"role":"user","content":[%s]}]', '"metadata":[%s]'])
+def test_many_wrong_values_cost_little(running: Running, form: str) -> None:
+    """Each of them was an error of its own once, and nobody else was answered meanwhile."""
+    for num_values in (2**16, 2**19, 2**22):
+        body = ('{"model":"tiny",' + form % ",".join(["1"] * num_values) + "}").encode()
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(post, running, body)
+            while not answer.done():
+                with urllib.request.urlopen(f"{running.address}/health", timeout=5) as health:
+                    assert health.status == 200
+        assert answer.result()[0] == (400 if num_values < 2**19 else 413)
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate_json('{"model":"tiny",' + form % "1,1,1" + ', "n": 0}')
+    assert caught.value.error_count() <= 2  # n, and the first value or the field that is not there
+
+
+def test_long_text_beside_large_images_is_taken(running: Running) -> None:
+    picture = data_url(Image.effect_noise((1000, 1000), 99), "BMP")
+    assert len(picture) > 2**20
+    body = {"model": "tiny", "messages": [user("word " * 500, image_part(picture))], "max_tokens": 2}
+    status, answer = post(running, json.dumps(body).encode())
+    assert status == 200, answer
 
 
 def png_header(width: int, height: int) -> bytes:
