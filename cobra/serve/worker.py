@@ -111,10 +111,17 @@ class Worker:
         vlm: the model; while the worker runs, nobody else may run it.
         max_rows: answers that are generated at once.
         deliver: called in the worker's thread with what is new, after every step.
+        on_failure: called in the worker's thread when it ends by an error; nothing is delivered any more.
+
+    Attributes:
+        has_failed: it has ended by an error.
     """
 
-    def __init__(self, vlm: Cobra, *, max_rows: int, deliver: Callable[[Delivery], object]) -> None:
-        self._vlm, self._max_rows, self._deliver = vlm, max_rows, deliver
+    def __init__(
+        self, vlm: Cobra, *, max_rows: int, deliver: Callable[[Delivery], object], on_failure: Callable[[], object]
+    ) -> None:
+        self._vlm, self._max_rows, self._deliver, self._on_failure = vlm, max_rows, deliver, on_failure
+        self.has_failed = False
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._reading: deque[_Reading] = deque()
         self._answers: dict[int, _Answer] = {}  # by ticket
@@ -149,10 +156,15 @@ class Worker:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        while self._take_orders():
-            self._read()
-            if len(self._scheduler):
-                self._step()
+        try:
+            while self._take_orders():
+                self._read()
+                if len(self._scheduler):
+                    self._step()
+        except BaseException as error:
+            log.critical("The model's thread ends by an error.", exc_info=error)
+            self.has_failed = True
+            self._on_failure()
 
     def _take_orders(self) -> bool:
         """Carry out what was ordered, waiting for it if there is nothing else to do; False: the end."""
@@ -162,7 +174,10 @@ class Worker:
                 order = self._orders.get(block=is_idle)
                 if order is None:
                     return False
-                order()
+                try:
+                    order()
+                except Exception as error:
+                    self._start_over(error)
                 is_idle = False
         except queue.Empty:
             return True
@@ -240,16 +255,20 @@ class Worker:
         try:
             events = self._scheduler.step()
         except Exception as error:  # such as memory that ran out: whoever comes next may be luckier
-            jobs = dict.fromkeys(answer.job for answer in self._answers.values())
-            self._answers.clear()
-            self._scheduler = self._new_scheduler()
-            self._fail(jobs, error)
+            self._start_over(error)
             return
         delivery: Delivery = []
         for event in events:
             delivery += self._take(event)
         if delivery:
             self._deliver(delivery)
+
+    def _start_over(self, error: Exception) -> None:
+        """End all running answers with an error, and go on with an empty batch."""
+        jobs = dict.fromkeys(answer.job for answer in self._answers.values())
+        self._answers.clear()
+        self._scheduler = self._new_scheduler()
+        self._fail(jobs, error)
 
     def _take(self, event: Event) -> Delivery:
         answer = self._answers.get(event.ticket)

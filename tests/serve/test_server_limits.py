@@ -16,6 +16,7 @@ import urllib.request
 import zlib
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_slow_answer_ends_with_an_error(serve) -> None:
 
 
 def test_body_that_does_not_arrive_is_refused(serve) -> None:
-    with serve(timeout=0.3) as running:
+    with serve(body_timeout=0.3) as running:
         port = int(running.address.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
             connection.sendall(
@@ -142,6 +143,78 @@ def test_broken_model_is_an_error_and_not_the_end(serve, vlm: Cobra, monkeypatch
             with pytest.raises(openai.APIError, match="the server's log"):
                 list(ask(client, user(ASK, image_part(data_url(Image.new("RGB", (9, 9))))), stream=True))
         assert text(client, user(ASK)) == vlm.generate(None, ASK, max_new_tokens=12)
+
+
+def test_order_that_fails_is_not_the_end(serve, vlm: Cobra, monkeypatch) -> None:
+    with serve() as running:
+        with monkeypatch.context() as patch:
+            patch.setattr(running.service.worker._scheduler, "cancel", lambda _: 1 / 0)
+            begun(running.client()).close()
+            wait_until(lambda: is_idle(running))
+        assert text(running.client(), user(ASK)) == vlm.generate(None, ASK, max_new_tokens=12)
+
+
+def test_end_of_the_models_thread_is_told_and_ends_the_server(serve, monkeypatch) -> None:
+    with serve() as running:
+        client = running.client()
+        stream = begun(client)
+        monkeypatch.setattr(running.server, "on_tick", lambda _: asyncio.sleep(0, False))  # stays for the questions
+        monkeypatch.setattr(running.service.worker, "_take_orders", lambda: 1 / 0)
+        with pytest.raises(openai.APIError, match="The model has failed"):
+            list(stream)
+        with pytest.raises(openai.InternalServerError) as caught:
+            text(client, user(ASK))
+        assert caught.value.status_code == 503 and caught.value.code == "failed"
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"{running.address}/health", timeout=10)
+        monkeypatch.undo()
+        running.thread.join(10)
+        assert not running.thread.is_alive()
+
+
+def test_slow_senders_take_no_places(serve) -> None:
+    with serve(max_rows=1, max_waiting=1, max_choices=1, max_tokens=512) as running:
+        port = int(running.address.rpartition(":")[2])
+        with ExitStack() as stack:
+            for _ in range(8):
+                connection = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                connection.sendall(
+                    b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                    b"Content-Length: 100\r\n\r\n{"
+                )
+            wait_until(lambda: running.service._num_bodies == 8)
+            assert text(running.client(), user(ASK))
+        wait_until(lambda: running.service._num_bodies == 0)
+        assert running.service._intake._num_bytes == 0
+
+
+def test_client_that_leaves_ends_the_fetching_of_its_image(serve) -> None:
+    with serve(allow_private_images=True) as running, socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/a.png"
+        content = json.dumps({"model": "tiny", "messages": [user(ASK, image_part(url))]}).encode()
+        with socket.create_connection(("127.0.0.1", int(running.address.rpartition(":")[2]))) as connection:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+            connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + content)
+            fetching, _ = silent.accept()
+        with fetching:
+            fetching.settimeout(10)
+            with suppress(ConnectionError):
+                while fetching.recv(1000):
+                    pass
+        wait_until(lambda: is_idle(running) and running.service._intake._num_bytes == 0)
+
+
+def test_fetched_bytes_count_with_bodies(serve, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b" " * 10_000)
+    website = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=tmp_path))
+    threading.Thread(target=website.serve_forever, args=(0.02,), daemon=True).start()
+    message = user(ASK, image_part(f"http://127.0.0.1:{website.server_port}/a"))
+    with serve(allow_private_images=True, max_body_bytes=1000) as running:  # 8 times as much for all
+        with pytest.raises(openai.RateLimitError, match="Too much is being sent"):
+            ask(running.client(), message)
+        assert running.service._intake._num_bytes == 0
+    website.shutdown()
+    website.server_close()
 
 
 def test_large_bodies_are_refused(serve) -> None:

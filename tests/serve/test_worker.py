@@ -26,10 +26,10 @@ class Clients:
     """Text-only clients that ask again as soon as they are answered, until the jobs that are waited for are done."""
 
     def __init__(self, vlm: Cobra, *, rows: int, texts: int, waited_for: list[Job]) -> None:
-        self.worker = Worker(vlm, max_rows=rows, deliver=self._on_delivery)
+        self.is_over = threading.Event()
+        self.worker = Worker(vlm, max_rows=rows, deliver=self._on_delivery, on_failure=self.is_over.set)
         self.left = list(waited_for)
         self.num_texts = 0
-        self.is_over = threading.Event()
         for _ in range(texts):
             self.worker.submit(job(TEXT))
         for one in waited_for:
@@ -65,7 +65,9 @@ def test_text_does_not_keep_images_out(vlm: Cobra, pixels: Any, texts: int) -> N
 def test_single_images_do_not_keep_several_out(vlm: Cobra, pixels: Any) -> None:
     """New jobs with one image come before every reading, and more of them than are read at once."""
     answered: list[Job] = []
-    worker = Worker(vlm, max_rows=8, deliver=lambda delivery: answered.extend(one for one, _ in delivery))
+    worker = Worker(
+        vlm, max_rows=8, deliver=lambda delivery: answered.extend(one for one, _ in delivery), on_failure=int
+    )
     late = job(TEXT, pixels, pixels, TEXT)
     worker.submit(late)
     for _ in range(20):
@@ -86,7 +88,7 @@ def test_text_before_an_image_is_read_in_chunks(vlm: Cobra, pixels: Any, monkeyp
         return prefill(llm, prompts, state)
 
     long = [5 + i % 7 for i in range(CHUNK * 2 + 9)]
-    worker = Worker(vlm, max_rows=2, deliver=lambda _: None)
+    worker = Worker(vlm, max_rows=2, deliver=lambda _: None, on_failure=int)
     worker.submit(job(long, pixels, TEXT))
     monkeypatch.setattr("cobra.serve.worker.prefill", noted)
     worker._take_orders()
