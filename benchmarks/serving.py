@@ -140,22 +140,29 @@ def main() -> None:
         parser.error("give --model, or --address and --name")
     bodies = make_bodies(name, arguments.images, arguments.max_tokens)
     memory = psutil.Process(process.pid).memory_info if process else None
-    early = max(arguments.clients, arguments.requests // 20)
-    first = asyncio.run(load(address, bodies, arguments.clients, early))
-    before = memory().rss / 2**20 if memory else float("nan")
-    started = time.perf_counter()
-    results = asyncio.run(load(address, bodies, arguments.clients, arguments.requests - early))
-    seconds = time.perf_counter() - started
-    after = memory().rss / 2**20 if memory else float("nan")
-    if process is not None:
-        process.terminate()
-        process.wait(60)
-        drain.wait(60)
+    early = min(max(arguments.clients, arguments.requests // 20), arguments.requests // 2)
+    try:
+        first = asyncio.run(load(address, bodies, arguments.clients, early))
+        before = memory().rss / 2**20 if memory else float("nan")
+        started = time.perf_counter()
+        results = asyncio.run(load(address, bodies, arguments.clients, arguments.requests - early))
+        seconds = time.perf_counter() - started
+        after = memory().rss / 2**20 if memory else float("nan")
+    finally:
+        if process is not None:
+            process.terminate()
+            process.wait(60)
+            drain.wait(60)
+    errors = first.errors + results.errors
+    for error in errors[:5]:
+        print("error:", error)
+    if not results.latencies or not results.first_tokens:
+        raise SystemExit("No request was answered with text; there is nothing to measure.")
     latency, token = np.array(results.latencies), np.array(results.first_tokens)
     table = {
         "requests": len(first.latencies) + len(results.latencies),
         "clients at once": arguments.clients,
-        "errors": len(first.errors) + len(results.errors),
+        "errors": len(errors),
         "requests/s": len(latency) / seconds,
         "tokens/s": results.tokens / seconds,
         "latency, median (ms)": np.median(latency) * 1e3,
@@ -169,9 +176,9 @@ def main() -> None:
     }
     for label, value in table.items():
         print(f"{label:28} {value:12,.1f}" if isinstance(value, float) else f"{label:28} {value:12,}")
-    for error in (first.errors + results.errors)[:5]:
-        print("error:", error)
     print(json.dumps({label: round(float(value), 3) for label, value in table.items()}))
+    if errors:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ class ServeConfig:
     max_rows: int = 64  # answers that are generated at once
     max_waiting: int = 256  # answers that wait for their turn; more are refused with 429
     timeout: float = 300.0  # seconds that a request may take
+    body_timeout: float = 30.0  # seconds of them in which its body must arrive
     shutdown_timeout: float = 30.0  # seconds that running answers get to end when the server is stopped
 
     max_messages: int = 256
@@ -55,6 +56,10 @@ class ServeConfig:
             raise ConfigError(f"port={self.port} must be from 0, which is any free one, to 65535.")
         if self.api_key == "":
             raise ConfigError("api_key is empty; give clients a key, or null to let anyone ask.")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ConfigError(
+                "api_key holds characters that no HTTP header can; use letters, digits and signs of ASCII."
+            )
         for item in fields(self):
             value = getattr(self, item.name)
             if item.name not in _OTHER_NUMBERS and isinstance(value, (int, float)) and not isinstance(value, bool):

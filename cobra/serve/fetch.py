@@ -11,6 +11,7 @@ import ipaddress
 import re
 import socket
 import ssl
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
@@ -22,6 +23,8 @@ MAX_REDIRECTS = 5
 _REDIRECTIONS = (301, 302, 303, 307, 308)
 _READ_SIZE = 2**16  # bytes
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Which `ipaddress` takes for public, in some versions: site-local addresses, those of documentation, local NAT64.
+_NOT_PUBLIC = [ipaddress.ip_network(block) for block in ("fec0::/10", "3fff::/20", "64:ff9b:1::/48")]
 _HOST = re.compile(r"[A-Za-z0-9._:-]+")
 _UNRESERVED = "!#$%&'()*+,/:;=?@[]~"  # characters of an address that stay as they are
 
@@ -30,7 +33,9 @@ class NotFetched(Exception):
     """The reason why there is no file."""
 
 
-async def fetch(url: str, *, max_bytes: int, timeout: float, allow_private: bool) -> bytes:
+async def fetch(
+    url: str, *, max_bytes: int, timeout: float, allow_private: bool, count: Callable[[int], None] = lambda _: None
+) -> bytes:
     """Return the content behind an http(s) address.
 
     Args:
@@ -38,12 +43,13 @@ async def fetch(url: str, *, max_bytes: int, timeout: float, allow_private: bool
         max_bytes: of the content; a longer one is refused.
         timeout: seconds for everything: names, connections, redirections, content.
         allow_private: whether addresses that are not public will do.
+        count: told the number of bytes of the content as they arrive; what it raises ends the fetching.
 
     Raises:
         NotFetched: there is none, or this server will not fetch it.
     """
     try:
-        return await asyncio.wait_for(_follow(url, max_bytes, allow_private), timeout)
+        return await asyncio.wait_for(_follow(url, max_bytes, allow_private, count), timeout)
     except asyncio.TimeoutError:
         raise NotFetched(f"it does not arrive within {timeout:g} s") from None
     except ssl.SSLError as error:
@@ -62,23 +68,28 @@ def is_public(address: str) -> bool:
         inner = [found for found in (ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())) if found is not None]
         if ip in _NAT64:
             inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+        if any(ip in block for block in _NOT_PUBLIC):
+            return False
     if inner:
         return all(is_public(str(found)) for found in inner)
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
-async def _follow(url: str, max_bytes: int, allow_private: bool) -> bytes:
+async def _follow(url: str, max_bytes: int, allow_private: bool, count: Callable[[int], None]) -> bytes:
     for _ in range(MAX_REDIRECTS + 1):
         parts = _split(url)
         addresses = await _resolve(parts, allow_private)
         reader, writer = await _connect(parts, addresses)
         try:
-            found = await _get(parts, reader, writer, max_bytes)
+            found = await _get(parts, reader, writer, max_bytes, count)
         finally:
             writer.transport.abort()  # at once: whatever is still to come is not wanted
         if isinstance(found, bytes):
             return found
-        url = urljoin(url, found.location)
+        try:
+            url = urljoin(url, found.location)
+        except ValueError:
+            raise NotFetched("it is redirected to what is not an address") from None
     raise NotFetched(f"it is redirected more than {MAX_REDIRECTS} times")
 
 
@@ -135,7 +146,11 @@ class _Redirection:
 
 
 async def _get(
-    parts: SplitResult, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, max_bytes: int
+    parts: SplitResult,
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    max_bytes: int,
+    count: Callable[[int], None],
 ) -> bytes | _Redirection:
     connection = h11.Connection(h11.CLIENT)
     target = parts.path + (f"?{parts.query}" if parts.query else "")
@@ -162,6 +177,7 @@ async def _get(
                 return _Redirection(received["location"])
             _check(event.status_code, received, max_bytes)
         elif isinstance(event, h11.Data):
+            count(len(event.data))
             content += event.data
             if len(content) > max_bytes:
                 raise _too_large(max_bytes)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import binascii
 import io
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image
@@ -18,6 +19,7 @@ from cobra.serve.fetch import NotFetched, fetch
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of strangers' files no other decoders are tried
 
+_FETCHES = 8  # at once, so many files are in memory while they arrive
 _DECODERS = 2  # threads: so many images are in memory at once as they were sent
 
 
@@ -27,14 +29,19 @@ class ImageReader:
     def __init__(self, vlm: Cobra, config: ServeConfig) -> None:
         self._vlm = vlm
         self._config = config
+        self._fetches = asyncio.Semaphore(_FETCHES)
         self._pool = ThreadPoolExecutor(_DECODERS, "images")
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def read(self, url: str) -> Pixels:
+    async def read(self, url: str, count: Callable[[int], None]) -> Pixels:
         """Return an image, decoded and resized.
+
+        Args:
+            url: where it is, or itself as a `data:` URL.
+            count: told the number of bytes that are fetched, as they arrive; it may raise.
 
         Raises:
             ApiError: there is none, it is larger than allowed, or it does not decode.
@@ -45,12 +52,14 @@ class ImageReader:
         if not self._config.image_urls:
             raise _refuse("This server fetches no images; send the image itself, as a data: URL.")
         try:
-            content = await fetch(
-                url,
-                max_bytes=self._config.max_image_bytes,
-                timeout=self._config.image_timeout,
-                allow_private=self._config.allow_private_images,
-            )
+            async with self._fetches:
+                content = await fetch(
+                    url,
+                    max_bytes=self._config.max_image_bytes,
+                    timeout=self._config.image_timeout,
+                    allow_private=self._config.allow_private_images,
+                    count=count,
+                )
         except NotFetched as error:
             raise _refuse(f"Cannot fetch the image {url[:200]!r}: {error}.") from None
         return await loop.run_in_executor(self._pool, self._decode, content)

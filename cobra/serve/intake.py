@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -17,25 +18,42 @@ from cobra.serve.errors import ApiError, refuse
 from cobra.serve.images import ImageReader
 from cobra.serve.prompt import ImageSource, render, turns_of
 from cobra.serve.schema import ChatRequest, parse
+from cobra.serve.tasks import end
 from cobra.serve.worker import Job
 
 _CHARACTERS_PER_TOKEN = 16  # longer texts are refused before they are split into tokens
-_BODIES = 8  # times `max_body_bytes`: what all bodies that are being read may take together
+_BYTES_PER_CHARACTER = 6  # of JSON: \uXXXX
+_OTHER_BYTES = 2**16  # of a body, for all that is neither a conversation's text nor an image
+_QUICK_BYTES = 2**16  # shorter bodies are checked without a thread
+_IMAGE = re.compile(rb'"data:[^"]{1000,}"')
+_BODIES = 8  # times `max_body_bytes`: what all bodies and fetched images may take together until they are read
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """A checked request.
+    """A checked request, whose images are still to be read.
 
     Attributes:
-        job: for the worker.
-        prompt_tokens: that it reads, images included.
-        wants_usage: whether a stream ends with the number of tokens.
+        asked: its fields.
+        pieces: what the model is to read, the last one token ids.
+        urls: of its images, each once.
+        prompt_tokens: that the model reads, images included.
     """
 
-    job: Job
+    asked: ChatRequest
+    pieces: list[list[int] | ImageSource]
+    urls: list[str]
     prompt_tokens: int
-    wants_usage: bool
+
+    @property
+    def num_answers(self) -> int:
+        """How many are wanted."""
+        return self.asked.n or 1
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the number of tokens."""
+        return self.asked.stream_options is not None and bool(self.asked.stream_options.include_usage)
 
 
 class Intake:
@@ -44,56 +62,77 @@ class Intake:
     def __init__(self, vlm: Cobra, config: ServeConfig, name: str) -> None:
         self._vlm, self._config, self._name = vlm, config, name
         self._images = ImageReader(vlm, config)
-        self._body_bytes = 0
+        self._num_bytes = 0
 
     def close(self) -> None:
         """End the threads."""
         self._images.close()
 
-    async def read(self, request: Request) -> Order:
-        """Read and check a request, and prepare its images.
+    async def read(self, request: Request, count: Callable[[int], None]) -> Order:
+        """Read and check a request.
 
         Raises:
             ApiError: it cannot be answered as it is.
             ClientDisconnect: it does not arrive.
         """
-        with self._counted_bytes() as count:
-            asked = parse(await _read_body(request, self._config.max_body_bytes, count))
-            self._check(asked)
-            pieces = render(turns_of(asked.messages), self._vlm.prompt)
-            images = [piece.url for piece in pieces if isinstance(piece, ImageSource)]
-            if len(images) > self._config.max_images:
-                limit = self._config.max_images
-                raise refuse(f"{len(images)} images are more than the {limit} that a request may hold.", "messages")
-            encoded, num_tokens = self._encode(pieces, len(images))
-            urls = list(dict.fromkeys(images))
-            pixels = dict(zip(urls, await asyncio.gather(*map(self._images.read, urls)), strict=True))
-        job = Job(
-            pieces=[pixels[piece.url] if isinstance(piece, ImageSource) else piece for piece in encoded],
+        body = await _read_body(request, self._config.max_body_bytes, count)
+        asked = await asyncio.to_thread(self._parse, body) if len(body) > _QUICK_BYTES else self._parse(body)
+        self._check(asked)
+        pieces = render(turns_of(asked.messages), self._vlm.prompt)
+        images = [piece.url for piece in pieces if isinstance(piece, ImageSource)]
+        if len(images) > self._config.max_images:
+            limit = self._config.max_images
+            raise refuse(f"{len(images)} images are more than the {limit} that a request may hold.", "messages")
+        encoded, num_tokens = self._encode(pieces, len(images))
+        return Order(asked=asked, pieces=encoded, urls=list(dict.fromkeys(images)), prompt_tokens=num_tokens)
+
+    async def prepare(self, order: Order, count: Callable[[int], None]) -> Job:
+        """Read the images of a request.
+
+        Raises:
+            ApiError: one of them cannot be read.
+        """
+        reading = [asyncio.ensure_future(self._images.read(url, count)) for url in order.urls]
+        try:
+            pixels = dict(zip(order.urls, await asyncio.gather(*reading), strict=True))
+        finally:
+            await end(reading)
+        asked = order.asked
+        return Job(
+            pieces=[pixels[piece.url] if isinstance(piece, ImageSource) else piece for piece in order.pieces],
             max_new_tokens=asked.num_tokens(self._config.default_tokens),
             samplings=self._samplings(asked),
             stops=tuple(asked.stop or ()),
             is_streamed=bool(asked.stream),
         )
-        wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return Order(job=job, prompt_tokens=num_tokens, wants_usage=wants_usage)
 
     @contextmanager
-    def _counted_bytes(self) -> Generator[Callable[[int], None]]:
-        """Give a function that counts bytes of a body against what all of them may take; 429 beyond that."""
+    def counted_bytes(self) -> Generator[Callable[[int], None]]:
+        """Give a function that counts bytes of a body, and of fetched images, against what all may take together; 429
+        beyond that."""
         mine = 0
 
         def count(number: int) -> None:
             nonlocal mine
             mine += number
-            self._body_bytes += number
-            if self._body_bytes > _BODIES * self._config.max_body_bytes:
+            self._num_bytes += number
+            if self._num_bytes > _BODIES * self._config.max_body_bytes:
                 raise ApiError(429, "Too much is being sent at once; try again later.", headers={"Retry-After": "1"})
 
         try:
             yield count
         finally:
-            self._body_bytes -= mine
+            self._num_bytes -= mine
+
+    def _parse(self, body: bytes) -> ChatRequest:
+        """Check the form of a body, if there is not more of it beside its images than a conversation needs.
+
+        JSON takes up to a hundred times more memory when it is read, but its strings do not.
+        """
+        limit = _OTHER_BYTES + _BYTES_PER_CHARACTER * _CHARACTERS_PER_TOKEN * self._config.max_prompt_tokens
+        if len(body) > limit and len(body) - sum(len(image[0]) for image in _IMAGE.finditer(body)) > limit:
+            raise ApiError(413, f"The body without images is larger than {limit} bytes, which is this server's limit.")
+        return parse(body)
 
     def _check(self, asked: ChatRequest) -> None:
         """Refuse what this server does not have or allow."""

@@ -14,7 +14,7 @@ from PIL import Image
 import cobra
 from cobra.api import Cobra
 from cobra.config import ServeConfig
-from cobra.errors import ConfigError
+from cobra.errors import CobraError, ConfigError
 from cobra.ops import use_backend
 from cobra.serve.app import make_app
 from cobra.serve.service import Service
@@ -30,6 +30,7 @@ def serve(config: ServeConfig) -> None:
     Raises:
         ConfigError: the address cannot be listened on.
         CheckpointError: the model is missing or damaged.
+        CobraError: the model has failed for good.
     """
     with listen(config) as listener, use_backend(config.ops):
         vlm = cobra.load(
@@ -43,6 +44,10 @@ def serve(config: ServeConfig) -> None:
         warm_up(vlm)
         service = Service(vlm, config)
         Server(service).run([listener])
+        if service.worker.has_failed:
+            raise CobraError(
+                "The model's thread has ended by an error, which is in the log above; start the server again."
+            )
     log.info("Stopped.")
 
 
@@ -109,6 +114,8 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Look ten times a second whether to stop."""
+        if self._service.worker.has_failed:
+            self.should_exit = True  # all who waited have been told
         if self._service.is_draining and not self.should_exit:
             is_late = time.monotonic() > self._stop_at
             if is_late:

@@ -11,6 +11,10 @@ from cobra.serve.errors import ApiError, refuse
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # strings, and characters of each: every token is compared with them
 
+# A server may be set to take fewer. Lists end at their first wrong item: an error for each would take far more time and
+# memory than the request.
+MAX_MESSAGES, MAX_PARTS = 4096, 256
+
 # Fields of OpenAI's interface without any influence on an answer of this model.
 _IGNORED = {
     "metadata",
@@ -83,7 +87,11 @@ def _as_parts(value: object) -> object:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-Content = Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], BeforeValidator(_as_parts)]
+Content = Annotated[
+    list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
+    Field(fail_fast=True, max_length=MAX_PARTS),
+    BeforeValidator(_as_parts),
+]
 
 
 class Message(BaseModel):
@@ -108,7 +116,7 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class ChatRequest(BaseModel):
@@ -117,7 +125,7 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1)] | None = None
@@ -126,7 +134,7 @@ class ChatRequest(BaseModel):
     stop: (
         Annotated[
             list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
-            Field(max_length=MAX_STOPS),
+            Field(fail_fast=True, max_length=MAX_STOPS),
             BeforeValidator(_as_list),
         ]
         | None

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Coroutine, Generator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from cobra.api import Cobra
@@ -18,10 +18,12 @@ from cobra.serve.errors import ApiError
 from cobra.serve.intake import Intake, Order
 from cobra.serve.metrics import Metrics
 from cobra.serve.streams import EventStream, Mailbox
+from cobra.serve.tasks import unless_gone
 from cobra.serve.worker import Delivery, Job, Update, Worker
 
 T = TypeVar("T")
 
+_BODIES_AT_ONCE = 256  # requests that are arriving
 _LAST_READ = 10  # seconds that a client has to read the end of a stream
 
 
@@ -33,8 +35,9 @@ class Service:
         self.config = config
         self.metrics = Metrics()
         self.open_answers = 0
+        self._num_bodies = 0
         self.is_draining = False
-        self.worker = Worker(vlm, max_rows=config.max_rows, deliver=self._deliver)
+        self.worker = Worker(vlm, max_rows=config.max_rows, deliver=self._deliver, on_failure=self._on_failure)
         self._intake = Intake(vlm, config, self.name)
         self._mailboxes: dict[Job, Mailbox] = {}
 
@@ -53,6 +56,11 @@ class Service:
         for mailbox in self._mailboxes.values():
             mailbox.put(_stopping())
 
+    def fail_all(self) -> None:
+        """Tell everybody who still waits that there is no model any more."""
+        for mailbox in self._mailboxes.values():
+            mailbox.put(_failed())
+
     async def complete(self, request: Request) -> Response:
         """Answer a request for a chat completion.
 
@@ -62,45 +70,68 @@ class Service:
         """
         deadline = self._loop.time() + self.config.timeout
         with ExitStack() as stack:
-            if self.is_draining:
-                raise _stopping()
-            stack.enter_context(self._open_answers(1))
-            try:
-                order = await asyncio.wait_for(self._intake.read(request), self.config.timeout)
-            except asyncio.TimeoutError:
-                raise ApiError(408, "The request, with its images, did not arrive in time.", code="timeout") from None
-            job, prompt_tokens = order.job, order.prompt_tokens
-            stack.enter_context(self._open_answers(len(job.samplings) - 1))
+            self._check_running()
+            order, job = await self._receive(request, stack, deadline)
+            self._check_running()
             mailbox = stack.enter_context(self._submitted(job, deadline))
             completion = Completion(self.name)
             facts = request.scope["facts"]
-            facts |= {"id": completion.id, "images": _count_images(job), "prompt": prompt_tokens, "tokens": 0}
-            self.metrics.add("prompt_tokens_total", prompt_tokens)
+            facts |= {"id": completion.id, "images": _count_images(job), "prompt": order.prompt_tokens, "tokens": 0}
+            self.metrics.add("prompt_tokens_total", order.prompt_tokens)
             self.metrics.add("images_total", facts["images"])
             if job.is_streamed:
-                events = self._events(completion, order, mailbox, facts)
+                events = self._events(completion, order, job, mailbox, facts)
                 return EventStream(events, seconds=self.config.timeout + _LAST_READ, on_end=stack.pop_all().close)
-            answers = await _unless_gone(request, _collect(job, mailbox))
+            answers = await unless_gone(request, _collect(job, mailbox))
             facts["tokens"] = sum(answer.num_tokens for answer in answers)
             self.metrics.add("completion_tokens_total", facts["tokens"])
-            return JSONResponse(completion.whole(answers, prompt_tokens))
+            return JSONResponse(completion.whole(answers, order.prompt_tokens))
+
+    def _check_running(self) -> None:
+        if self.worker.has_failed:
+            raise _failed()
+        if self.is_draining:
+            raise _stopping()
+
+    async def _receive(self, request: Request, stack: ExitStack, deadline: float) -> tuple[Order, Job]:
+        """Read a request and its images; the stack then holds its places.
+
+        They are taken when the body is there, so that those who send slowly keep nobody out of the batch, and before
+        images are decoded, which take more memory than all else.
+        """
+        with self._intake.counted_bytes() as count:
+            with self._reading_body():
+                seconds = min(self.config.body_timeout, self.config.timeout)
+                order = await _within(seconds, self._intake.read(request, count))
+            places = max(order.num_answers, len(order.urls))
+            stack.enter_context(self._open_answers(min(places, self.config.max_rows + self.config.max_waiting)))
+            preparing = unless_gone(request, self._intake.prepare(order, count))
+            return order, await _within(deadline - self._loop.time(), preparing)
+
+    @contextmanager
+    def _reading_body(self) -> Generator[None]:
+        """Be one of those whose bodies are arriving; 429 when there are too many, or no place for an answer."""
+        if self._num_bodies >= _BODIES_AT_ONCE or not self._has_room(1):
+            raise _full()
+        self._num_bodies += 1
+        try:
+            yield
+        finally:
+            self._num_bodies -= 1
 
     @contextmanager
     def _open_answers(self, count: int) -> Generator[None]:
         """Hold places in the batch or the queue before it; 429 when there are none."""
-        room = self.config.max_rows + self.config.max_waiting - self.open_answers
-        if count > room:
-            raise ApiError(
-                429,
-                "The server has as many requests as it can take; try again later.",
-                code="queue_full",
-                headers={"Retry-After": "1"},
-            )
+        if not self._has_room(count):
+            raise _full()
         self.open_answers += count
         try:
             yield
         finally:
             self.open_answers -= count
+
+    def _has_room(self, count: int) -> bool:
+        return self.open_answers + count <= self.config.max_rows + self.config.max_waiting
 
     @contextmanager
     def _submitted(self, job: Job, deadline: float) -> Generator[Mailbox]:
@@ -121,22 +152,27 @@ class Service:
         with suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._distribute, delivery)
 
+    def _on_failure(self) -> None:
+        """Called by the worker at its end, if nobody has stopped it."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self.fail_all)
+
     def _distribute(self, delivery: Delivery) -> None:
         for job, item in delivery:
             if job in self._mailboxes:
                 self._mailboxes[job].put(item)
 
     async def _events(
-        self, completion: Completion, order: Order, mailbox: Mailbox, facts: dict[str, Any]
+        self, completion: Completion, order: Order, job: Job, mailbox: Mailbox, facts: dict[str, Any]
     ) -> AsyncIterator[bytes]:
         """The stream of an answer."""
-        started, counts = time.monotonic(), [0] * len(order.job.samplings)
+        started, counts = time.monotonic(), [0] * order.num_answers
         more: dict[str, Any] = {"usage": None} if order.wants_usage else {}
         is_waiting = True
         try:
             for index in range(len(counts)):
                 yield completion.chunk([completion.begin(index)], **more)
-            async for updates in _updates(order.job, mailbox):
+            async for updates in _updates(job, mailbox):
                 if is_waiting:
                     is_waiting = False
                     self.metrics.add("first_token_seconds_sum", time.monotonic() - started)
@@ -188,23 +224,25 @@ def _count_images(job: Job) -> int:
     return sum(not isinstance(piece, list) for piece in job.pieces)
 
 
+async def _within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
+    try:
+        return await asyncio.wait_for(work, seconds)
+    except asyncio.TimeoutError:
+        raise ApiError(408, "The request, with its images, did not arrive in time.", code="timeout") from None
+
+
+def _full() -> ApiError:
+    return ApiError(
+        429,
+        "The server has as many requests as it can take; try again later.",
+        code="queue_full",
+        headers={"Retry-After": "1"},
+    )
+
+
+def _failed() -> ApiError:
+    return ApiError(503, "The model has failed, and the server ends; its log has the reason.", code="failed")
+
+
 def _stopping() -> ApiError:
     return ApiError(503, "The server is stopping.", code="stopping", headers={"Retry-After": "5"})
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Wait for `work`; ClientDisconnect, and the end of it, as soon as nobody waits for the answer."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise ClientDisconnect
-        return tasks[0].result()
-    finally:
-        for task in tasks:
-            task.cancel()

@@ -40,7 +40,7 @@ class EventStream(StreamingResponse):
     Args:
         events: the events.
         seconds: after which the connection is given up; the events have ended by then, unless the client keeps it open
-            without reading.
+            without reading: what it left unread is freed with its connection, which is not in our hands.
         on_end: called when the stream is over, whether or not it was ever read, or the client has gone.
     """
 

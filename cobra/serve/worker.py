@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 
@@ -15,7 +16,7 @@ from cobra.api import Cobra, Pixels
 from cobra.errors import CobraError
 from cobra.generation.engine import prefill
 from cobra.generation.sampling import Sampling
-from cobra.generation.scheduler import Event, Request, Scheduler
+from cobra.generation.scheduler import CHUNK, Event, Request, Scheduler
 from cobra.generation.stopping import AnswerText
 from cobra.models.state import MambaState
 from cobra.serve.errors import ApiError
@@ -74,6 +75,16 @@ class _Reading:
     def __post_init__(self) -> None:
         self.left = deque(self.job.pieces)
 
+    @property
+    def is_read(self) -> bool:
+        """Only the last piece is left, which the scheduler reads."""
+        return len(self.left) == 1
+
+    @property
+    def is_fresh_image(self) -> bool:
+        """An image is to be read from the beginning of a text, so with others like it."""
+        return not self.is_read and self.state is None and isinstance(self.left[0], Pixels)
+
 
 class _Answer:
     """An answer that is being generated."""
@@ -100,10 +111,17 @@ class Worker:
         vlm: the model; while the worker runs, nobody else may run it.
         max_rows: answers that are generated at once.
         deliver: called in the worker's thread with what is new, after every step.
+        on_failure: called in the worker's thread when it ends by an error; nothing is delivered any more.
+
+    Attributes:
+        has_failed: it has ended by an error.
     """
 
-    def __init__(self, vlm: Cobra, *, max_rows: int, deliver: Callable[[Delivery], object]) -> None:
-        self._vlm, self._max_rows, self._deliver = vlm, max_rows, deliver
+    def __init__(
+        self, vlm: Cobra, *, max_rows: int, deliver: Callable[[Delivery], object], on_failure: Callable[[], object]
+    ) -> None:
+        self._vlm, self._max_rows, self._deliver, self._on_failure = vlm, max_rows, deliver, on_failure
+        self.has_failed = False
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._reading: deque[_Reading] = deque()
         self._answers: dict[int, _Answer] = {}  # by ticket
@@ -138,10 +156,15 @@ class Worker:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        while self._take_orders():
-            self._read()
-            if len(self._scheduler):
-                self._step()
+        try:
+            while self._take_orders():
+                self._read()
+                if len(self._scheduler):
+                    self._step()
+        except BaseException as error:
+            log.critical("The model's thread ends by an error.", exc_info=error)
+            self.has_failed = True
+            self._on_failure()
 
     def _take_orders(self) -> bool:
         """Carry out what was ordered, waiting for it if there is nothing else to do; False: the end."""
@@ -151,7 +174,10 @@ class Worker:
                 order = self._orders.get(block=is_idle)
                 if order is None:
                     return False
-                order()
+                try:
+                    order()
+                except Exception as error:
+                    self._start_over(error)
                 is_idle = False
         except queue.Empty:
             return True
@@ -165,18 +191,20 @@ class Worker:
     def _read(self) -> None:
         """Go on with the prompts of the first jobs; running answers wait meanwhile, so only with a few pieces.
 
+        Jobs come first that came first, whatever they hold, or those that need little would keep others out for ever.
         Jobs without room in the batch wait unread, as what has been read of an image is many times larger than it.
         """
-        ready = [reading for reading in self._reading if len(reading.left) == 1]
-        for reading in ready[: self._room()]:
-            self._reading.remove(reading)
-            self._guarded([reading], lambda reading=reading: self._add(reading))
-        waiting = [reading for reading in self._reading if len(reading.left) > 1][: min(self._room(), IMAGES_AT_ONCE)]
-        fresh = [reading for reading in waiting if reading.state is None and isinstance(reading.left[0], Pixels)]
-        if fresh:
-            self._guarded(fresh, lambda: self._read_first_images(fresh))
-        elif waiting:
-            self._guarded(waiting[:1], lambda: self._read_piece(waiting[0]))
+        first = list(islice(self._reading, self._room()))
+        for reading in first:
+            if reading.is_read:
+                self._reading.remove(reading)
+                self._guarded([reading], lambda reading=reading: self._add(reading))
+        unread = [reading for reading in first if not reading.is_read]
+        if unread and unread[0].is_fresh_image:
+            batch = [reading for reading in unread if reading.is_fresh_image][:IMAGES_AT_ONCE]
+            self._guarded(batch, lambda: self._read_first_images(batch))
+        elif unread:
+            self._guarded(unread[:1], lambda: self._read_piece(unread[0]))
 
     def _room(self) -> int:
         return max(0, self._max_rows - len(self._scheduler))
@@ -196,13 +224,16 @@ class Worker:
             reading.state = states[row].state
 
     def _read_piece(self, reading: _Reading) -> None:
-        """Read the next piece of a prompt with text before an image, or several images."""
+        """Read the next piece, of a text a chunk, of a prompt with text before an image, or several images."""
         piece, model = reading.left[0], self._vlm.model
         if isinstance(piece, Pixels):
             views = [view[None].to(model.device) for view in piece.views]
             _, reading.state = model.llm(model.embed_images(views), state=reading.state)
         else:
-            _, reading.state = prefill(model.llm, [piece], reading.state)
+            _, reading.state = prefill(model.llm, [piece[:CHUNK]], reading.state)
+            if len(piece) > CHUNK:
+                reading.left[0] = piece[CHUNK:]
+                return
         reading.left.popleft()
 
     def _add(self, reading: _Reading) -> None:
@@ -224,16 +255,20 @@ class Worker:
         try:
             events = self._scheduler.step()
         except Exception as error:  # such as memory that ran out: whoever comes next may be luckier
-            jobs = dict.fromkeys(answer.job for answer in self._answers.values())
-            self._answers.clear()
-            self._scheduler = self._new_scheduler()
-            self._fail(jobs, error)
+            self._start_over(error)
             return
         delivery: Delivery = []
         for event in events:
             delivery += self._take(event)
         if delivery:
             self._deliver(delivery)
+
+    def _start_over(self, error: Exception) -> None:
+        """End all running answers with an error, and go on with an empty batch."""
+        jobs = dict.fromkeys(answer.job for answer in self._answers.values())
+        self._answers.clear()
+        self._scheduler = self._new_scheduler()
+        self._fail(jobs, error)
 
     def _take(self, event: Event) -> Delivery:
         answer = self._answers.get(event.ticket)

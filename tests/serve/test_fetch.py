@@ -83,6 +83,9 @@ def test_content_arrives(website) -> None:
     [
         "127.0.0.1",
         "127.8.9.1",
+        "fec0::1",
+        "3fff::1",
+        "64:ff9b:1::7f00:1",
         "0.0.0.0",
         "10.1.2.3",
         "172.16.0.1",
@@ -178,8 +181,11 @@ def test_redirections_are_followed_and_checked(website, monkeypatch) -> None:
     with pytest.raises(NotFetched, match="redirected more than 5 times"):
         get(f"{website['address']}/loop", private=True)
     website["/file"] = sends(b"", 302, Location="file:///etc/passwd")
+    website["/broken"] = sends(b"", 302, Location="http://[")
     with pytest.raises(NotFetched, match="only http"):
         get(f"{website['address']}/file", private=True)
+    with pytest.raises(NotFetched, match="redirected to what is not an address"):
+        get(f"{website['address']}/broken", private=True)
 
 
 def test_redirection_to_a_private_address_is_refused(website, monkeypatch) -> None:

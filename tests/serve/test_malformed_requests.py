@@ -5,18 +5,25 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 import socket
 import time
 from typing import Any
 
-from serve.conftest import Running
+from PIL import Image
+
+from serve.conftest import Running, data_url
 from serve.test_chat_completions import ASK, image_part, text, user
 
 NUMBER = 300
 
 GOOD: dict[str, Any] = {
     "model": "tiny",
-    "messages": [user(ASK, image_part("data:image/png;base64,")), {"role": "assistant", "content": "a"}, user(ASK)],
+    "messages": [
+        user(ASK, image_part(data_url(Image.new("RGB", (9, 9))))),
+        {"role": "assistant", "content": "a"},
+        user(ASK),
+    ],
     "max_tokens": 3,
     "temperature": 0.5,
     "top_p": 0.5,
@@ -54,9 +61,11 @@ def wrong_value(rng: random.Random) -> bytes:
         parent = body
         for key in parents:
             parent = parent[key]
-        if isinstance(parent[last], str) and last in ("text", "content", "x"):  # any text is right there
+        takes_any_text = last in ("text", "content") or "stop" in (last, *parents)
+        value = rng.choice(WRONG)
+        if takes_any_text and isinstance(value, str):
             continue
-        parent[last] = rng.choice(WRONG)
+        parent[last] = value
         return json.dumps(body).encode()
 
 
@@ -81,8 +90,9 @@ def wrong_json(rng: random.Random) -> bytes:
         return b"[" * rng.randrange(1, 200_000)
     if kind == 3:
         return rng.choice([b"", b"null", b"[]", b"1", b'"x"', b"{}", b"\xff\xfe{}", b"{}{}", b'{"model": "tiny",}'])
-    place = rng.randrange(len(good))
-    return good[:place] + rng.choice([b"\x80", b"\\", b"{", b"}", b'"']) + good[place:]  # the image is wrong anyway
+    strings = [found.span() for found in re.finditer(rb'"[^"]*"', good)]  # within them much is right
+    place = rng.choice([at for at in range(len(good)) if not any(a < at < b for a, b in strings)])
+    return good[:place] + rng.choice([b"\x80", b"\\", b"{", b"}", b'"']) + good[place:]
 
 
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
@@ -122,6 +132,12 @@ def send(running: Running, content: bytes) -> tuple[bytes, float]:
         while b"connection: close" in answer.lower() and (more := connection.recv(4000)):
             answer += more
         return answer, time.monotonic() - started
+
+
+def test_request_that_is_made_wrong_was_right(running: Running) -> None:
+    body = json.dumps(GOOD).encode()
+    answer, _ = send(running, POST + JSON + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    assert answer.startswith(b"HTTP/1.1 200"), answer
 
 
 def test_generated_malformed_requests_are_refused(running: Running, client, vlm) -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import hydra
 import pytest
-from conftest import CONFIGS
 
 from cobra.api import Cobra
 from cobra.config import ServeConfig, as_config
 from cobra.errors import ConfigError
 from cobra.serve.run import listen
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def compose(*overrides: str) -> ServeConfig:
@@ -33,7 +34,17 @@ def test_settings_file_holds_the_defaults(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["port=70000", "api_key=''", "max_rows=0", "timeout=-1", "temperature=-1", "max_tokens=8", "dtype=half"]
+    "override",
+    [
+        "port=70000",
+        "api_key=''",
+        "api_key='schl\u00fcssel'",
+        "max_rows=0",
+        "timeout=-1",
+        "temperature=-1",
+        "max_tokens=8",
+        "dtype=half",
+    ],
 )
 def test_impossible_settings_are_refused_by_name(override: str) -> None:
     with pytest.raises(ConfigError, match=override.partition("=")[0]):

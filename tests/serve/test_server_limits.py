@@ -15,6 +15,8 @@ import time
 import urllib.request
 import zlib
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,8 +26,10 @@ import openai
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from cobra.api import Cobra
+from cobra.serve.schema import ChatRequest
 from cobra.serve.streams import EventStream
 from serve.conftest import Running, data_url
 from serve.test_chat_completions import ASK, ask, image_part, text, user
@@ -113,7 +117,7 @@ def test_slow_answer_ends_with_an_error(serve) -> None:
 
 
 def test_body_that_does_not_arrive_is_refused(serve) -> None:
-    with serve(timeout=0.3) as running:
+    with serve(body_timeout=0.3) as running:
         port = int(running.address.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
             connection.sendall(
@@ -141,6 +145,78 @@ def test_broken_model_is_an_error_and_not_the_end(serve, vlm: Cobra, monkeypatch
         assert text(client, user(ASK)) == vlm.generate(None, ASK, max_new_tokens=12)
 
 
+def test_order_that_fails_is_not_the_end(serve, vlm: Cobra, monkeypatch) -> None:
+    with serve() as running:
+        with monkeypatch.context() as patch:
+            patch.setattr(running.service.worker._scheduler, "cancel", lambda _: 1 / 0)
+            begun(running.client()).close()
+            wait_until(lambda: is_idle(running))
+        assert text(running.client(), user(ASK)) == vlm.generate(None, ASK, max_new_tokens=12)
+
+
+def test_end_of_the_models_thread_is_told_and_ends_the_server(serve, monkeypatch) -> None:
+    with serve() as running:
+        client = running.client()
+        stream = begun(client)
+        monkeypatch.setattr(running.server, "on_tick", lambda _: asyncio.sleep(0, False))  # stays for the questions
+        monkeypatch.setattr(running.service.worker, "_take_orders", lambda: 1 / 0)
+        with pytest.raises(openai.APIError, match="The model has failed"):
+            list(stream)
+        with pytest.raises(openai.InternalServerError) as caught:
+            text(client, user(ASK))
+        assert caught.value.status_code == 503 and caught.value.code == "failed"
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"{running.address}/health", timeout=10)
+        monkeypatch.undo()
+        running.thread.join(10)
+        assert not running.thread.is_alive()
+
+
+def test_slow_senders_take_no_places(serve) -> None:
+    with serve(max_rows=1, max_waiting=1, max_choices=1, max_tokens=512) as running:
+        port = int(running.address.rpartition(":")[2])
+        with ExitStack() as stack:
+            for _ in range(8):
+                connection = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                connection.sendall(
+                    b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                    b"Content-Length: 100\r\n\r\n{"
+                )
+            wait_until(lambda: running.service._num_bodies == 8)
+            assert text(running.client(), user(ASK))
+        wait_until(lambda: running.service._num_bodies == 0)
+        assert running.service._intake._num_bytes == 0
+
+
+def test_client_that_leaves_ends_the_fetching_of_its_image(serve) -> None:
+    with serve(allow_private_images=True) as running, socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/a.png"
+        content = json.dumps({"model": "tiny", "messages": [user(ASK, image_part(url))]}).encode()
+        with socket.create_connection(("127.0.0.1", int(running.address.rpartition(":")[2]))) as connection:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+            connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + content)
+            fetching, _ = silent.accept()
+        with fetching:
+            fetching.settimeout(10)
+            with suppress(ConnectionError):
+                while fetching.recv(1000):
+                    pass
+        wait_until(lambda: is_idle(running) and running.service._intake._num_bytes == 0)
+
+
+def test_fetched_bytes_count_with_bodies(serve, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b" " * 10_000)
+    website = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=tmp_path))
+    threading.Thread(target=website.serve_forever, args=(0.02,), daemon=True).start()
+    message = user(ASK, image_part(f"http://127.0.0.1:{website.server_port}/a"))
+    with serve(allow_private_images=True, max_body_bytes=1000) as running:  # 8 times as much for all
+        with pytest.raises(openai.RateLimitError, match="Too much is being sent"):
+            ask(running.client(), message)
+        assert running.service._intake._num_bytes == 0
+    website.shutdown()
+    website.server_close()
+
+
 def test_large_bodies_are_refused(serve) -> None:
     with serve(max_body_bytes=10_000) as running:
         for encoding in ({}, {"Transfer_Encoding": "chunked"}):
@@ -148,6 +224,30 @@ def test_large_bodies_are_refused(serve) -> None:
             status, answer = post(running, body, **encoding)
             assert (status, answer["error"]["type"]) == (413, "invalid_request_error")
         assert text(running.client(), user(ASK))
+
+
+@pytest.mark.parametrize("form", ['"messages":[%s]', '"messages":[{"role":"user","content":[%s]}]', '"metadata":[%s]'])
+def test_many_wrong_values_cost_little(running: Running, form: str) -> None:
+    """Each of them was an error of its own once, and nobody else was answered meanwhile."""
+    for num_values in (2**16, 2**19, 2**22):
+        body = ('{"model":"tiny",' + form % ",".join(["1"] * num_values) + "}").encode()
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(post, running, body)
+            while not answer.done():
+                with urllib.request.urlopen(f"{running.address}/health", timeout=5) as health:
+                    assert health.status == 200
+        assert answer.result()[0] == (400 if num_values < 2**19 else 413)
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate_json('{"model":"tiny",' + form % "1,1,1" + ', "n": 0}')
+    assert caught.value.error_count() <= 2  # n, and the first value or the field that is not there
+
+
+def test_long_text_beside_large_images_is_taken(running: Running) -> None:
+    picture = data_url(Image.effect_noise((1000, 1000), 99), "BMP")
+    assert len(picture) > 2**20
+    body = {"model": "tiny", "messages": [user("word " * 500, image_part(picture))], "max_tokens": 2}
+    status, answer = post(running, json.dumps(body).encode())
+    assert status == 200, answer
 
 
 def png_header(width: int, height: int) -> bytes:
