@@ -136,8 +136,8 @@ def stack_step(
         else:
             size = triton.next_power_of_2(width)
             launch(
-                normalise, batch, partial, residual, weights.norm, total, normed, width, on=hidden,
-                ROWS=batch, SPLITS=partial.shape[0], EPS=eps, BLOCK=size, num_warps=min(max(size // 512, 1), 16),
+                normalise, batch, partial, residual, weights.norm, total, normed, width, batch, on=hidden,
+                SPLITS=partial.shape[0], EPS=eps, BLOCK=size, num_warps=min(max(size // 512, 1), 16),
             )  # fmt: skip
             xz = product(block.in_proj, normed, None, convolution)
         selected = product(block.x_proj, xz[:1])
@@ -146,7 +146,7 @@ def stack_step(
         launch(
             recur, blocks * triton.cdiv(batch, group), selected, xz, weights.dt_proj, weights.dt_bias, weights.A_log,
             weights.D, ssm_states[i], *ssm_states[i].stride(), new_ssm[i], *new_ssm[i].stride(), y, inner, group,
-            on=hidden, ROWS=batch, SPLITS=selected.shape[0], STATE=state, N=n, RANK=rank, R=r, BLOCK_D=BLOCK_D,
+            batch, on=hidden, SPLITS=selected.shape[0], STATE=state, N=n, RANK=rank, R=r, BLOCK_D=BLOCK_D,
         )  # fmt: skip
         partial, residual = product(block.out_proj, y), total
     assert residual is not None
