@@ -43,6 +43,27 @@ class QuantizedWeight(NamedTuple):
         return self.values.nbytes + self.scales.nbytes
 
 
+def is_plain(tensor: Tensor, device: torch.device) -> bool:
+    """Whether a kernel may read the tensor's memory in place: no subclass, on this device, contiguous."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device == device and tensor.is_contiguous()
+
+
+def is_readable(weight: QuantizedWeight, device: torch.device) -> bool:
+    """Whether a kernel may read the weight in place: plain tensors, of dtypes and sizes that fit `bits` and `shape`."""
+    rows, width = weight.shape
+    groups = -(-width // GROUP)
+    expected = {
+        8: (torch.int8, (rows, width), (rows, 1)),
+        4: (torch.uint8, (rows, groups * GROUP // 2), (rows, groups)),
+    }
+    return (
+        (weight.values.dtype, weight.values.shape, weight.scales.shape) == expected.get(weight.bits)
+        and weight.scales.dtype == torch.float32
+        and is_plain(weight.values, device)
+        and is_plain(weight.scales, device)
+    )
+
+
 @torch.no_grad()
 def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
     """Return the nearest matrix of `bits` bits a number: a copy, on the weight's device.

@@ -250,5 +250,13 @@ def test_triton_kernels_refuse_what_they_do_not_take():
     assert fused.linear(x[:1].repeat(64, 1), few) is not None and fused.linear(x[:1].repeat(65, 1), few) is None
     assert fused.linear(x[:, :5], few) is None
     assert fused.linear(x, QuantizedWeight(few.values.t().contiguous().t(), few.scales, 8, few.shape)) is None
+    for damaged in (
+        few._replace(values=few.values[:3]),
+        few._replace(values=few.values.to(torch.int32)),
+        few._replace(scales=few.scales[:3]),
+        few._replace(scales=few.scales.double()),
+        few._replace(bits=4),
+    ):
+        assert fused.linear(x, damaged) is None
     with torch.enable_grad():
         assert fused.linear(x[:4], single) is None and fused.stack_step(layers, hidden, conv, ssm, EPS) is None

@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from cobra.ops.quantized import QuantizedWeight
+from cobra.ops.quantized import QuantizedWeight, is_plain, is_readable
 
 from .launch import launch
 from .step_kernels import project
@@ -44,22 +44,18 @@ class Matrix(NamedTuple):
     shape: tuple[int, int]
 
 
-def is_plain(tensor: Tensor, device: torch.device) -> bool:
-    """Whether a kernel may read the tensor's memory in place: no subclass, on this device, contiguous."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device == device and tensor.is_contiguous()
-
-
 def as_matrix(weight: Tensor | QuantizedWeight, rows: int, device: torch.device) -> Matrix | None:
     """None if there is no kernel for this weight and so many vectors."""
     if isinstance(weight, QuantizedWeight):
+        if not is_readable(weight, device):
+            return None
         matrix, most = Matrix(weight.values, weight.scales, weight.bits, weight.shape), MAX_ROWS
-    elif weight.dim() == 2 and weight.dtype in DTYPES:
+    elif weight.dim() == 2 and weight.dtype in DTYPES and is_plain(weight, device):
         matrix = Matrix(weight, None, 16, (weight.shape[0], weight.shape[1]))
         most = VECTOR_ROWS if weight.dtype == torch.float32 else TILE_ROWS
     else:
         return None
-    fits = 1 <= rows <= most and all(is_plain(t, device) for t in matrix[:2] if t is not None)
-    return matrix if fits and matrix.values.numel() > 0 else None
+    return matrix if 1 <= rows <= most and matrix.values.numel() > 0 else None
 
 
 def _blocks(matrix: Matrix, rows: int) -> dict[str, int]:

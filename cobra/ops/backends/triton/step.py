@@ -35,9 +35,10 @@ import triton
 from torch import Tensor
 
 from cobra.ops.fused import BlockWeights
+from cobra.ops.quantized import is_plain
 
 from .launch import launch
-from .matvec import DTYPES, VECTOR_ROWS, Convolution, Matrix, Normalisation, as_matrix, is_plain, product
+from .matvec import DTYPES, VECTOR_ROWS, Convolution, Matrix, Normalisation, as_matrix, product
 from .norm import MAX_DIM
 from .step_kernels import normalise, recur
 
