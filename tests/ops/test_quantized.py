@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cobra.errors import ConfigError, ShapeError
+from cobra.errors import ConfigError, NumericsError, ShapeError
 from cobra.ops.quantized import QuantizedWeight, dequantize, is_readable, quantize, quantized_linear
 
 
@@ -117,6 +117,15 @@ def test_kernels_may_read_only_what_fits_together(bits):
         {"shape": (6, 100)},
     ):
         assert not is_readable(weight._replace(**damaged), cpu), damaged
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf, 3e19, -3e19])
+def test_weights_that_are_not_finite_are_refused(number):
+    matrix = random_weight(3, 70)
+    matrix[1, 65] = number
+    for bits in (8, 4):
+        with pytest.raises(NumericsError, match="The weight cannot be quantised: its largest number is"):
+            quantize(matrix, bits)
 
 
 def test_what_cannot_be_quantised_is_refused():
