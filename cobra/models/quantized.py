@@ -8,15 +8,15 @@ the head, which shares its weight in the plain model, gets a copy of its own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from cobra.config import QUANTIZED
+from cobra.config import QUANTIZED, one_of
 from cobra.errors import ConfigError
 from cobra.ops import fused
-from cobra.ops.quantized import QuantizedWeight, quantize, quantized_linear
+from cobra.ops.quantized import QuantizedWeight, check_finite, quantize, quantized_linear
 
 _PROJECTIONS = ("in_proj", "x_proj", "out_proj", "lm_head")
 _AT_LEAST_8_BITS = "x_proj"  # small, and decides on step sizes, B and C: a fifth of the KL of 4 bits, 3 % of the bytes
@@ -53,10 +53,10 @@ class QuantizedLinear(nn.Module):
                 "before them would learn from rounded ones. Load the model without quantize to train it."
             )
         weight = self.quantized_weight
-        product = fused.linear(x.flatten(0, -2), weight)
+        product = fused.linear(x.reshape(-1, x.shape[-1]), weight)
         if product is None:
             return quantized_linear(x, weight)
-        return product.to(x.dtype).unflatten(0, x.shape[:-1])
+        return product.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
 
     def extra_repr(self) -> str:
         """As `nn.Linear` has it."""
@@ -72,26 +72,39 @@ class QuantizedLinear(nn.Module):
 
 
 def quantize_projections(llm: nn.Module, name: str) -> None:
-    """Quantise the large projections and the head of a Mamba in place, each as soon as it is its turn.
+    """Quantise the large projections and the head of a Mamba in place, one after the other; all of them or none.
 
     Args:
         llm: a `MambaLM` with its weights, on its device.
         name: "int8" or "int4", see `cobra.ops.quantized`.
 
     Raises:
-        ConfigError: a projection is adapted or quantised already.
+        ConfigError: the name is unknown, or a projection is adapted, hooked or quantised already.
+        NumericsError: a weight is NaN or infinite.
     """
-    for path, module in list(llm.named_modules()):
-        if path.split(".")[-1] not in _PROJECTIONS:
-            continue
-        if type(module) is not nn.Linear or any(True for _ in module.children()):
-            raise ConfigError(
-                f"{path} cannot be quantised: it is a {type(module).__name__}, adapted or quantised already. "
-                "Merge adapters first (merge_adapters)."
-            )
-        parent, own_name = llm.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
-        bits = 8 if own_name == _AT_LEAST_8_BITS else QUANTIZED[name]
-        setattr(parent, own_name, QuantizedLinear(module.weight, bits).train(module.training))
+    one_of("quantize", name, QUANTIZED)
+    paths = [path for path, _ in llm.named_modules() if path.rpartition(".")[2] in _PROJECTIONS]
+    for path in paths:
+        _check(path, llm.get_submodule(path))
+    for path in paths:
+        module = llm.get_submodule(path)
+        bits = 8 if path.rpartition(".")[2] == _AT_LEAST_8_BITS else QUANTIZED[name]
+        llm.set_submodule(path, QuantizedLinear(cast(Tensor, module.weight), bits).train(module.training))
+
+
+def _check(path: str, module: nn.Module) -> None:
+    """Refuse a projection that does more than multiply with its weight, or has one that cannot be quantised."""
+    if type(module) is not nn.Linear or any(True for _ in module.children()):
+        raise ConfigError(
+            f"{path} cannot be quantised: it is a {type(module).__name__}, adapted or quantised already. "
+            "Merge adapters first (merge_adapters)."
+        )
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or module.bias is not None:
+        raise ConfigError(
+            f"{path} cannot be quantised: it has hooks, a forward of its own or a bias, which would be lost. "
+            "Remove them first, and add hooks again afterwards."
+        )
+    check_finite(module.weight, path)
 
 
 def is_quantized(model: nn.Module) -> bool:

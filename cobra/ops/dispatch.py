@@ -12,7 +12,8 @@ and any of the five functions of `cobra.ops`; those it lacks come from the next 
     ONLY_BY_NAME                        device types for whose tensors it is never chosen unless asked for
     declines(function, **arguments) -> str | None   None if it takes this call, else why another should have it
 
-and the functions of `cobra.ops.fused`, which are used only if it is the first choice.
+and functions of `cobra.ops.fused`, which come from the first choice that has them; a backend that was asked for by name
+leaves none to others.
 
 Importing it must be cheap: what it needs is imported when a function is first taken from it.
 """
@@ -167,6 +168,9 @@ def implementation(function: str, main: torch.Tensor, arguments: Mapping[str, An
 
 
 def fused_implementation(function: str, main: torch.Tensor) -> Callable[..., Any] | None:
-    """The first choice's version of a function of `cobra.ops.fused`; None if it has none."""
-    module = choose(main.device.type, main.dtype, forced_backend())[0][0]
-    return getattr(module, function, None)
+    """The first choice that has a function of `cobra.ops.fused`; None if none has, or the one asked for by name."""
+    asked_for = forced_backend()
+    chosen = choose(main.device.type, main.dtype, asked_for)[0]
+    # Whoever asks for a backend by name wants its numbers, not those of another one's kernel.
+    offered = chosen if asked_for is None else chosen[:1]
+    return next((getattr(module, function) for module in offered if hasattr(module, function)), None)

@@ -13,14 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cobra.errors import ConfigError, ShapeError
+from cobra.errors import ConfigError, NumericsError, ShapeError
 
 GROUP = 64  # columns that share a scale, of 4-bit weights
 
+_LARGEST = 1e18  # squares of a group's numbers can be added up in float32
 _AT_ONCE = 2**18  # numbers that are quantised at once: candidates stay in the cache
 # How far the largest number of a group is stretched over the 4-bit range of -8 to 7: beyond 8 it is clipped, and the
 # many small ones are rounded finer. Each group takes the one with the least squared error. For normal numbers that is
-# 4.5 % less than with 8 alone; ten times as many candidates would come to 5.6 %.
+# 4.5 % less than with 8 alone; ten times as many candidates would come to 5.6 %. What it is worth is not settled: the KL
+# of a small trained model's answers was 0.0265 with these and 0.0260 with 8 alone, that of bare prompts 0.062 and 0.082.
 _STRETCHES = (7.0, 7.5, 8.0, 8.5, 9.0)
 
 
@@ -43,6 +45,41 @@ class QuantizedWeight(NamedTuple):
         return self.values.nbytes + self.scales.nbytes
 
 
+def is_plain(tensor: Tensor, device: torch.device) -> bool:
+    """Whether a kernel may read the tensor's memory in place: no subclass, on this device, contiguous."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device == device and tensor.is_contiguous()
+
+
+def is_readable(weight: QuantizedWeight, device: torch.device) -> bool:
+    """Whether a kernel may read the weight in place: plain tensors, of dtypes and sizes that fit `bits` and `shape`."""
+    rows, width = weight.shape
+    groups = -(-width // GROUP)
+    expected = {
+        8: (torch.int8, (rows, width), (rows, 1)),
+        4: (torch.uint8, (rows, groups * GROUP // 2), (rows, groups)),
+    }
+    return (
+        (weight.values.dtype, weight.values.shape, weight.scales.shape) == expected.get(weight.bits)
+        and weight.scales.dtype == torch.float32
+        and is_plain(weight.values, device)
+        and is_plain(weight.scales, device)
+    )
+
+
+@torch.no_grad()
+def check_finite(weight: Tensor, name: str = "The weight") -> None:
+    """Refuse a matrix with numbers that no scale can stand for.
+
+    Raises: NumericsError, which names the matrix.
+    """
+    largest = float(torch.stack(weight.aminmax()).abs().amax()) if weight.numel() > 0 else 0.0  # NaN if any is
+    if not largest <= _LARGEST:
+        raise NumericsError(
+            f"{name} cannot be quantised: its largest number is {largest:g}, which has to be at most {_LARGEST:g}. "
+            "The weights are damaged, or of a training that diverged: load others."
+        )
+
+
 @torch.no_grad()
 def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
     """Return the nearest matrix of `bits` bits a number: a copy, on the weight's device.
@@ -54,11 +91,13 @@ def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
     Raises:
         ConfigError: `bits` is neither.
         ShapeError: the weight is no matrix of floating point numbers.
+        NumericsError: it is not finite, or too large to measure errors in float32.
     """
     if bits not in (8, 4):
         raise ConfigError(f"bits={bits!r} must be 8 or 4.")
     if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
         raise ShapeError(f"The weight is {weight.dtype} {list(weight.shape)}, expected floating point [out, in].")
+    check_finite(weight)
     shape = (weight.shape[0], weight.shape[1])
     quantize_rows = _to_8_bits if bits == 8 else _to_4_bits
     parts = [quantize_rows(rows.float()) for rows in weight.detach().split(max(1, _AT_ONCE // shape[1]))]

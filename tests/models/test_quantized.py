@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cobra import ops
 from cobra.config import LoraConfig
-from cobra.errors import ConfigError
+from cobra.errors import ConfigError, NumericsError
 from cobra.models.lora import attach_adapters
 from cobra.models.mamba import MambaLM
 from cobra.models.quantized import QuantizedLinear, is_quantized, quantize_projections
@@ -137,3 +137,33 @@ def test_it_cannot_learn() -> None:
         quantize_projections(lm, "int4")
     with pytest.raises(ConfigError, match="do not fit a quantised model"):
         attach_adapters(lm, LoraConfig(rank=2), torch.Generator())  # type: ignore[arg-type]
+
+
+def test_a_model_that_is_refused_is_left_as_it_was() -> None:
+    """Whatever is wrong, and however late it is found."""
+    lm = make_lm(dtype=torch.float32, d_model=64).requires_grad_(False)
+    with pytest.raises(ConfigError, match="int3"):
+        quantize_projections(lm, "int3")
+    last = lm.backbone.layers[1].mixer.out_proj
+    hook = last.register_forward_hook(lambda *_: None)
+    with pytest.raises(ConfigError, match=r"layers\.1\.mixer\.out_proj cannot be quantised: it has hooks"):
+        quantize_projections(lm, "int8")
+    hook.remove()
+    before = last.weight[3, 3].item()
+    last.weight[3, 3] = torch.nan
+    with pytest.raises(NumericsError, match=r"layers\.1\.mixer\.out_proj cannot be quantised"):
+        quantize_projections(lm, "int4")
+    assert not is_quantized(lm)
+    last.weight[3, 3] = before
+    quantize_projections(lm, "int4")
+    assert is_quantized(lm)
+
+
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64), (0, 64)], ids=str)
+@torch.no_grad()
+def test_inputs_of_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
+    module = QuantizedLinear(torch.randn(10, 64, generator=torch.Generator().manual_seed(0)), 8).eval()
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    expected = nn.functional.linear(x, dequantize(module.quantized_weight, torch.float32))
+    assert module(x).shape == expected.shape
+    torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-3)

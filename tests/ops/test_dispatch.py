@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,21 @@ def test_functions_that_a_backend_lacks_come_from_the_reference(monkeypatch):
     monkeypatch.setattr(cpu, "_MODULES", {})
     monkeypatch.delitem(vars(cpu), "add_rms_norm", raising=False)
     assert dispatch.implementation("add_rms_norm", torch.ones(1)) is reference.add_rms_norm
+
+
+def test_fused_functions_come_from_the_first_choice_that_has_them(monkeypatch):
+    """A preferred backend without them must not switch off those of the next; one asked for by name does."""
+    bare, fused = (
+        SimpleNamespace(NAME=name, available=lambda: None, supports=lambda device, dtype: None)
+        for name in ("bare", "fused")
+    )
+    fused.linear = lambda x, weight: x
+    monkeypatch.setattr(dispatch, "discover", lambda: {"bare": bare, "fused": fused, "reference": reference})
+    assert dispatch.fused_implementation("linear", torch.ones(1)) is fused.linear
+    assert dispatch.fused_implementation("stack_step", torch.ones(1)) is None
+    for name, expected in (("fused", fused.linear), ("bare", None), ("reference", None)):
+        with cobra.ops.use_backend(name):
+            assert dispatch.fused_implementation("linear", torch.ones(1)) is expected
 
 
 def test_import_does_not_import_numba():

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cobra.errors import ConfigError, ShapeError
-from cobra.ops.quantized import QuantizedWeight, dequantize, quantize, quantized_linear
+from cobra.errors import ConfigError, NumericsError, ShapeError
+from cobra.ops.quantized import QuantizedWeight, dequantize, is_readable, quantize, quantized_linear
 
 
 def random_weight(out: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -97,6 +97,35 @@ def test_product_is_that_of_the_dequantised_matrix(bits, dtype):
 def test_bytes():
     assert quantize(random_weight(10, 128), 8).nbytes == 10 * 128 + 10 * 4
     assert quantize(random_weight(10, 128), 4).nbytes == 10 * 64 + 10 * 2 * 4
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_kernels_may_read_only_what_fits_together(bits):
+    """Anything else would have them read behind a tensor's end."""
+    weight, cpu = quantize(random_weight(5, 100), bits), torch.device("cpu")
+    assert is_readable(weight, cpu) and not is_readable(weight, torch.device("cuda"))
+    for damaged in (
+        {"values": weight.values[:4]},
+        {"values": weight.values.to(torch.int16)},
+        {"values": weight.values.t().contiguous().t()},
+        {"scales": weight.scales[:, :0]},
+        {"scales": weight.scales[:1].expand(5, -1)},
+        {"scales": weight.scales.half()},
+        {"bits": 12 - bits},
+        {"bits": 2},
+        {"shape": (5, 200)},
+        {"shape": (6, 100)},
+    ):
+        assert not is_readable(weight._replace(**damaged), cpu), damaged
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf, 3e19, -3e19])
+def test_weights_that_are_not_finite_are_refused(number):
+    matrix = random_weight(3, 70)
+    matrix[1, 65] = number
+    for bits in (8, 4):
+        with pytest.raises(NumericsError, match="The weight cannot be quantised: its largest number is"):
+            quantize(matrix, bits)
 
 
 def test_what_cannot_be_quantised_is_refused():

@@ -128,7 +128,7 @@ def test_linear_is_the_product(rows, shape, weight_dtype):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("shape", [(1, 64), (7, 128), (300, 192), (33, 768)], ids=str)
-@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("rows", [*range(1, 9), 17, 64])
 def test_linear_is_the_product_with_integers(rows, shape, bits):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, shape[1], generator=generator) * torch.logspace(-3, 3, shape[1])  # groups of other sizes
@@ -179,7 +179,7 @@ def test_linear_refuses_quantised_weights_that_do_not_fit():
         weight = quantize(torch.randn(5, 128), bits)
         assert linear(x, weight) is not None
         assert linear(x.double(), weight) is None and linear(x[:, :64], weight) is None
-        assert linear(torch.randn(9, 128), weight) is None
+        assert linear(torch.randn(65, 128), weight) is None
         assert linear(x, weight._replace(bits=12 - bits)) is None
         assert linear(x, weight._replace(values=weight.values[:4])) is None
         assert linear(x, weight._replace(scales=weight.scales.double())) is None
@@ -245,13 +245,23 @@ def _quantised(layers: list[BlockWeights], bits: int, bits_of_x_proj: int = 8) -
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+@pytest.mark.parametrize("batch", [1, 2, 5, 8, 19])
 def test_stack_with_integers_matches_definition(batch, bits):
     layers = _quantised(_layers(3, 64, 128, 16, 3, 4, torch.float32, torch.float32), bits)
     inputs = _inputs(layers, batch)
     actual = _actual(layers, *inputs)
     assert_all_close(actual, _expected(layers, *inputs), ROUNDED_TOLERANCE)
     assert all(tensor.dtype == torch.float32 for tensor in actual.values())
+
+
+def test_stack_with_integers_does_not_depend_on_the_other_rows():
+    layers = _quantised(_layers(2, 64, 128, 16, 3, 4, torch.float32, torch.float32), 8)
+    hidden, conv, ssm = _inputs(layers, 64)
+    together = _actual(layers, hidden, conv, ssm)
+    row = slice(21, 22)
+    alone = _actual(layers, hidden[row], [t[row] for t in conv], [t[row] for t in ssm])
+    assert all(torch.equal(together[name][row], alone[name]) for name in alone)
+    assert stack_step(layers, *_inputs(layers, 65), EPS) is None
 
 
 def test_stack_with_integers_does_not_depend_on_threads():

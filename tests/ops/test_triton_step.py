@@ -183,6 +183,25 @@ def test_triton_stack_adds_up_what_programs_share(scratch_of_nan, monkeypatch, b
     assert_all_close(_actual(layers, *inputs), _expected(exact, *inputs), tolerance)
 
 
+def test_triton_kernels_are_not_compiled_for_every_number_of_rows(monkeypatch):
+    """What they are compiled for is the same for 5 to 16 rows, 17 to 32 and 33 to 64."""
+    layers = _on_device(_quantized(_layers(2, *_SIZES, torch.bfloat16, torch.float32), 8)[0])
+    step = importlib.import_module("cobra.ops.backends.triton.step")
+
+    def compiled(batch: int) -> list[tuple[Any, dict[str, Any]]]:
+        kernels: list[tuple[Any, dict[str, Any]]] = []
+        for module in (matvec, step):
+            monkeypatch.setattr(
+                module, "launch", lambda kernel, *_, on, **constants: kernels.append((kernel, constants))
+            )
+        assert fused.stack_step(layers, *map(_on_device, _inputs(layers, batch)), EPS) is not None
+        return kernels
+
+    for first, *others in ((5, 7, 16), (17, 25, 32), (33, 50, 64)):
+        assert all(compiled(batch) == compiled(first) for batch in others)
+    assert compiled(5) != compiled(64) and compiled(2) != compiled(3)
+
+
 @pytest.mark.parametrize(("strided", "dtype"), [(True, torch.float32), (False, torch.bfloat16)], ids=str)
 def test_triton_stack_takes_states_of_any_strides_and_leaves_its_inputs(strided, dtype):
     layers = _layers(2, *_SIZES, torch.float32, torch.float32)
@@ -231,5 +250,13 @@ def test_triton_kernels_refuse_what_they_do_not_take():
     assert fused.linear(x[:1].repeat(64, 1), few) is not None and fused.linear(x[:1].repeat(65, 1), few) is None
     assert fused.linear(x[:, :5], few) is None
     assert fused.linear(x, QuantizedWeight(few.values.t().contiguous().t(), few.scales, 8, few.shape)) is None
+    for damaged in (
+        few._replace(values=few.values[:3]),
+        few._replace(values=few.values.to(torch.int32)),
+        few._replace(scales=few.scales[:3]),
+        few._replace(scales=few.scales.double()),
+        few._replace(bits=4),
+    ):
+        assert fused.linear(x, damaged) is None
     with torch.enable_grad():
         assert fused.linear(x[:4], single) is None and fused.stack_step(layers, hidden, conv, ssm, EPS) is None

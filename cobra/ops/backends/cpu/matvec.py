@@ -18,7 +18,9 @@ from .team import finish, new_counters, run_together, take, team_size, wait
 from .vector import LANES, load_wide, load_wide_last, pointer, prefetch, total, zeros_wide
 from .weights import FLOATS, FORCE_INLINE, SHORTS, SINGLES, addresses, elements, has_scales, is_readable, weight_at
 
-MAX_ROWS = 8  # beyond, a product is bound by arithmetic, and libraries that block for caches win
+MAX_ROWS = 8  # at once; beyond, a product is bound by arithmetic, and libraries that block for caches win
+# Those of quantised weights take so many, `MAX_ROWS` at a time: the libraries would need a dequantised copy for each.
+MAX_QUANTIZED_ROWS = 64
 
 _PIECE = 128 * 1024  # numbers of the weight per item
 _AHEAD = 256  # numbers that are asked for before they are needed: a fifth faster where the machine is shared
@@ -166,26 +168,32 @@ def _linear(thread, counters, address, scales, like, rows, count, x_address, bat
     wait(counters, 0, items)
 
 
+def most_rows(weight: Tensor | QuantizedWeight) -> int:
+    """How many vectors a weight is multiplied with here."""
+    return MAX_QUANTIZED_ROWS if isinstance(weight, QuantizedWeight) else MAX_ROWS
+
+
 def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor | None:
     """See `cobra.ops.fused.linear`.
 
-    Taken are float32 and bfloat16, up to `MAX_ROWS` rows, a weight that is a contiguous plain tensor, or made of such
+    Taken are float32 and bfloat16, up to `most_rows` rows, a weight that is a contiguous plain tensor, or made of such
     and, in 8 bits, has rows of whole groups. None, without a result, for anything else, sizes that disagree included.
     """
     if (
         x.dtype not in FLOATS
         or not (is_readable(weight) and type(x) is Tensor and x.is_cpu)
         or not (x.dim() == len(weight.shape) == 2 and x.shape[1] == weight.shape[1])
-        or not 1 <= x.shape[0] <= MAX_ROWS
+        or not 1 <= x.shape[0] <= most_rows(weight)
         or 0 in weight.shape
     ):
         return None
     (rows, count), batch = weight.shape, x.shape[0]
     x, out = x.float().contiguous(), torch.empty(batch, rows)
     threads = team_size(rows * count)
-    work = np.empty(threads * room_size(batch, count) if isinstance(weight, QuantizedWeight) else 0, np.uint8)
-    run_together(
-        _linear, threads, new_counters(1), *addresses(weight), elements(weight), rows, count, x.data_ptr(), batch,
-        out.data_ptr(), work,
-    )  # fmt: skip
+    for part, products_of_part in zip(x.split(MAX_ROWS), out.split(MAX_ROWS), strict=True):
+        size = threads * room_size(len(part), count) if isinstance(weight, QuantizedWeight) else 0
+        run_together(
+            _linear, threads, new_counters(1), *addresses(weight), elements(weight), rows, count, part.data_ptr(),
+            len(part), products_of_part.data_ptr(), np.empty(size, np.uint8),
+        )  # fmt: skip
     return out

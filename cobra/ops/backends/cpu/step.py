@@ -25,7 +25,7 @@ from cobra.ops.fused import BlockWeights
 from cobra.ops.quantized import QuantizedWeight
 
 from .compiled import kernel
-from .matvec import MAX_ROWS, dot, multiply, prepare, products, room_at, room_size
+from .matvec import MAX_ROWS, dot, most_rows, multiply, prepare, products, room_at, room_size
 from .team import finish, new_counters, run_together, take, team_size, wait
 from .vector import (
     LANES,
@@ -128,8 +128,9 @@ def _recur(
 @kernel
 def _stack(
     thread, counters, table, work, large_like, select_like, step_like, small_like, float_like,
-    num_layers, batch, width, inner, state, rank, taps, eps, residual_address, conv_address, ssm_address,
+    num_layers, batch, width, inner, state, rank, taps, eps, residual_address, conv_address, ssm_address, all_rows,
 ):  # fmt: skip
+    """New states are [num_layers, all_rows, ...]: the addresses are those of this batch's first row."""
     chosen = rank + 2 * state
     address = np.int64(work.ctypes.data)
     hidden = pointer(address, float_like)  # [num_layers + 1, batch, width]
@@ -176,7 +177,7 @@ def _stack(
                 x, pointer(table[layer, 2], small_like), pointer(table[layer, 3], small_like),
                 first, last - first, batch, inner, taps,
                 pointer(table[layer, 10], float_like), table[layer, 11], table[layer, 12],
-                pointer(conv_address + 4 * layer * batch * (taps - 1) * inner, float_like), matrix,
+                pointer(conv_address + 4 * layer * all_rows * (taps - 1) * inner, float_like), matrix,
             )  # fmt: skip
             finish(counters, phase)
             item = take(counters, phase)
@@ -206,7 +207,7 @@ def _stack(
                 pointer(table[layer, 5], step_like), pointer(table[layer, 6], float_like),
                 pointer(table[layer, 7], float_like), pointer(table[layer, 8], float_like),
                 pointer(table[layer, 13], float_like), table[layer, 14], table[layer, 15], table[layer, 16],
-                pointer(ssm_address + 4 * layer * batch * state * inner, float_like), y, matrix, low, steps,
+                pointer(ssm_address + 4 * layer * all_rows * state * inner, float_like), y, matrix, low, steps,
             )  # fmt: skip
             finish(counters, phase)
             item = take(counters, phase)
@@ -241,7 +242,9 @@ def _kind(weight: Tensor | QuantizedWeight) -> torch.dtype | int:
 
 def _fits(layers: Sequence[BlockWeights], hidden: Tensor, conv: Sequence[Tensor], ssm: Sequence[Tensor]) -> bool:
     """Whether every tensor is where, what and as large as the kernel expects."""
-    if hidden.dim() != 2 or not 1 <= hidden.shape[0] <= MAX_ROWS or not 0 < len(layers) == len(conv) == len(ssm):
+    if hidden.dim() != 2 or not 0 < len(layers) == len(conv) == len(ssm):
+        return False
+    if not 1 <= hidden.shape[0] <= most_rows(layers[0].in_proj):
         return False
     batch, width = hidden.shape
     (inner, state), rank, taps = layers[0].A_log.shape, layers[0].dt_proj.shape[1], layers[0].conv_weight.shape[-1]
@@ -275,7 +278,7 @@ def stack_step(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]] | None:
     """See `cobra.ops.fused.stack_step`.
 
-    Taken are float32 and bfloat16, up to `MAX_ROWS` rows, weights that are contiguous plain tensors or made of such.
+    Taken are float32 and bfloat16, up to `most_rows` rows, weights that are contiguous plain tensors or made of such.
     None, without a result, for anything else, sizes that disagree included.
     """
     if hidden.dtype not in FLOATS or not hidden.is_cpu:
@@ -283,8 +286,30 @@ def stack_step(
     if not _fits(layers, hidden, conv_states, ssm_states):
         return None
     (batch, width), num_layers = hidden.shape, len(layers)
-    (inner, state), rank, taps = layers[0].A_log.shape, layers[0].dt_proj.shape[1], layers[0].conv_weight.shape[-1]
+    (inner, state), taps = layers[0].A_log.shape, layers[0].conv_weight.shape[-1]
     conv_states = [t if t.dtype == torch.float32 and t.stride(2) == 1 else t.float().contiguous() for t in conv_states]
+    last, residual = torch.empty(2, batch, width)
+    new_conv = torch.empty(num_layers, batch, taps - 1, inner)
+    new_ssm = torch.empty(num_layers, batch, state, inner)  # read and written fastest in this order
+    for first in range(0, batch, MAX_ROWS):
+        rows = slice(first, first + MAX_ROWS)
+        _step_rows(
+            layers, hidden[rows], [t[rows] for t in conv_states], [t[rows] for t in ssm_states], eps,
+            last[rows], residual[rows], new_conv[:, rows], new_ssm[:, rows],
+        )  # fmt: skip
+    return last, residual, list(new_conv.unbind()), list(new_ssm.transpose(2, 3).unbind())
+
+
+def _step_rows(
+    layers: Sequence[BlockWeights], hidden: Tensor, conv_states: Sequence[Tensor], ssm_states: Sequence[Tensor],
+    eps: float, last: Tensor, residual: Tensor, new_conv: Tensor, new_ssm: Tensor,
+) -> None:  # fmt: skip
+    """Run the kernel for at most `MAX_ROWS` rows, and write to the last four: the same rows of what they are part of.
+
+    new_conv: [num_layers, batch, taps - 1, inner]. new_ssm: [num_layers, batch, state, inner].
+    """
+    (batch, width), num_layers = hidden.shape, len(layers)
+    (inner, state), rank, taps = layers[0].A_log.shape, layers[0].dt_proj.shape[1], layers[0].conv_weight.shape[-1]
     table = np.array(
         [
             [
@@ -304,14 +329,10 @@ def stack_step(
     own = _own_size(batch, width, inner, state, rank, taps)
     work = torch.empty(sum(map(_round_up, sizes)) + threads * own)
     work[: batch * width].view(batch, width).copy_(hidden)
-    residual = torch.empty(batch, width)
-    new_conv = torch.empty(num_layers, batch, taps - 1, inner)
-    new_ssm = torch.empty(num_layers, batch, state, inner)  # read and written fastest in this order
     run_together(
         _stack, threads, new_counters(4 * num_layers), table, work.numpy(),
         *map(elements, (layers[0].in_proj, layers[0].x_proj, layers[0].dt_proj, layers[0].norm)), _FLOAT32,
         num_layers, batch, width, inner, state, rank, taps, eps,
-        residual.data_ptr(), new_conv.data_ptr(), new_ssm.data_ptr(),
+        residual.data_ptr(), new_conv.data_ptr(), new_ssm.data_ptr(), new_ssm.stride(0) // (state * inner),
     )  # fmt: skip
-    last = work[num_layers * batch * width :][: batch * width].view(batch, width)
-    return last, residual, list(new_conv.unbind()), list(new_ssm.transpose(2, 3).unbind())
+    last.copy_(work[num_layers * batch * width :][: batch * width].view(batch, width))

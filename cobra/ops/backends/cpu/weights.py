@@ -10,6 +10,7 @@ from numba import types
 from numba.extending import overload
 from torch import Tensor
 
+from cobra.ops import quantized
 from cobra.ops.quantized import GROUP, QuantizedWeight
 
 from .vector import pointer
@@ -22,6 +23,7 @@ ELEMENTS = {
     torch.uint8: np.empty(0, np.uint8),
 }
 FLOATS = (torch.float32, torch.bfloat16)
+_CPU = torch.device("cpu")
 FORCE_INLINE = {"forceinline": True}
 SINGLES, SHORTS = ELEMENTS[torch.float32], np.empty(0, np.int16)
 
@@ -43,25 +45,10 @@ def has_scales(weight: types.Type) -> bool:
 
 
 def is_readable(weight: Tensor | QuantizedWeight) -> bool:
-    """Whether kernels may read a weight's memory in place: plain tensors of types and sizes that fit each other."""
-    if not isinstance(weight, QuantizedWeight):
-        return weight.dtype in FLOATS and _is_plain(weight)
-    values, scales, (rows, width) = weight.values, weight.scales, weight.shape
-    groups = -(-width // GROUP)
-    expected = (torch.uint8, (rows, groups * GROUP // 2), (rows, groups))
-    if weight.bits == 8:
-        expected = (torch.int8, (rows, groups * GROUP), (rows, 1))  # no rows that end within a group
-    return (
-        (values.dtype, values.shape, scales.shape) == expected
-        and scales.dtype == torch.float32
-        and _is_plain(values)
-        and _is_plain(scales)
-    )
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """No subclass, on the CPU, contiguous."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cpu and tensor.is_contiguous()
+    """Whether our kernels may read a weight's memory in place; 8 bits only of rows that do not end within a group."""
+    if isinstance(weight, QuantizedWeight):
+        return quantized.is_readable(weight, _CPU) and (weight.bits == 4 or weight.shape[1] % GROUP == 0)
+    return weight.dtype in FLOATS and quantized.is_plain(weight, _CPU)
 
 
 def addresses(weight: Tensor | QuantizedWeight) -> tuple[int, int]:

@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from cobra.ops.quantized import QuantizedWeight
+from cobra.ops.quantized import QuantizedWeight, is_plain, is_readable
 
 from .launch import launch
 from .step_kernels import project
@@ -44,35 +44,31 @@ class Matrix(NamedTuple):
     shape: tuple[int, int]
 
 
-def is_plain(tensor: Tensor, device: torch.device) -> bool:
-    """Whether a kernel may read the tensor's memory in place: no subclass, on this device, contiguous."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device == device and tensor.is_contiguous()
-
-
 def as_matrix(weight: Tensor | QuantizedWeight, rows: int, device: torch.device) -> Matrix | None:
     """None if there is no kernel for this weight and so many vectors."""
     if isinstance(weight, QuantizedWeight):
+        if not is_readable(weight, device):
+            return None
         matrix, most = Matrix(weight.values, weight.scales, weight.bits, weight.shape), MAX_ROWS
-    elif weight.dim() == 2 and weight.dtype in DTYPES:
+    elif weight.dim() == 2 and weight.dtype in DTYPES and is_plain(weight, device):
         matrix = Matrix(weight, None, 16, (weight.shape[0], weight.shape[1]))
         most = VECTOR_ROWS if weight.dtype == torch.float32 else TILE_ROWS
     else:
         return None
-    fits = 1 <= rows <= most and all(is_plain(t, device) for t in matrix[:2] if t is not None)
-    return matrix if fits and matrix.values.numel() > 0 else None
+    return matrix if 1 <= rows <= most and matrix.values.numel() > 0 else None
 
 
-def _blocks(matrix: Matrix, rows: int) -> dict[str, int | bool]:
+def _blocks(matrix: Matrix, rows: int) -> dict[str, int]:
     size = matrix.values.dtype.itemsize
     if rows > VECTOR_ROWS:
         # 64 x 64 becomes wgmma on Hopper, and keeps the vectors' tile in registers
         block_r, block_k = (32, 128) if rows <= 16 else (64, 64)
         block_k = 32 if matrix.bits == 4 else block_k
         block_b = max(triton.next_power_of_2(rows), 16)
-        return {"IN_TILES": True, "BLOCK_B": block_b, "BLOCK_R": block_r, "BLOCK_K": block_k, "num_stages": 4}
+        return {"ROWS": 0, "BLOCK_B": block_b, "BLOCK_R": block_r, "BLOCK_K": block_k, "num_stages": 4}
     block_r = min(16 // triton.next_power_of_2(rows), 8 if size > 1 else 16)
     block_k = 256 if matrix.bits == 4 else min(1024 // size, 512)
-    return {"IN_TILES": False, "BLOCK_B": triton.next_power_of_2(rows), "BLOCK_R": block_r, "BLOCK_K": block_k}
+    return {"ROWS": rows, "BLOCK_B": triton.next_power_of_2(rows), "BLOCK_R": block_r, "BLOCK_K": block_k}
 
 
 def _splits(chunks: int, most: int) -> int:
@@ -123,7 +119,7 @@ def product(
     launch(
         project, splits * programs, matrix.values, matrix.scales, x, residual, norm_weight, total, taps, bias,
         old, *(old.stride() if old is not None else (0, 0, 0)), new, *(new.stride() if new is not None else (0, 0, 0)),
-        out, out_rows, matrix.shape[1], width, span, on=x, ROWS=rows, SPLITS=in_splits, PARTS=parts, EPS=eps,
+        out, out_rows, matrix.shape[1], width, span, rows, on=x, SPLITS=in_splits, PARTS=parts, EPS=eps,
         BITS=matrix.bits, TAPS=1 if taps is None else taps.shape[-1], **blocks,
     )  # fmt: skip
     return out

@@ -35,9 +35,10 @@ import triton
 from torch import Tensor
 
 from cobra.ops.fused import BlockWeights
+from cobra.ops.quantized import is_plain
 
 from .launch import launch
-from .matvec import DTYPES, VECTOR_ROWS, Convolution, Matrix, Normalisation, as_matrix, is_plain, product
+from .matvec import DTYPES, VECTOR_ROWS, Convolution, Matrix, Normalisation, as_matrix, product
 from .norm import MAX_DIM
 from .step_kernels import normalise, recur
 
@@ -136,8 +137,8 @@ def stack_step(
         else:
             size = triton.next_power_of_2(width)
             launch(
-                normalise, batch, partial, residual, weights.norm, total, normed, width, on=hidden,
-                ROWS=batch, SPLITS=partial.shape[0], EPS=eps, BLOCK=size, num_warps=min(max(size // 512, 1), 16),
+                normalise, batch, partial, residual, weights.norm, total, normed, width, batch, on=hidden,
+                SPLITS=partial.shape[0], EPS=eps, BLOCK=size, num_warps=min(max(size // 512, 1), 16),
             )  # fmt: skip
             xz = product(block.in_proj, normed, None, convolution)
         selected = product(block.x_proj, xz[:1])
@@ -146,7 +147,7 @@ def stack_step(
         launch(
             recur, blocks * triton.cdiv(batch, group), selected, xz, weights.dt_proj, weights.dt_bias, weights.A_log,
             weights.D, ssm_states[i], *ssm_states[i].stride(), new_ssm[i], *new_ssm[i].stride(), y, inner, group,
-            on=hidden, ROWS=batch, SPLITS=selected.shape[0], STATE=state, N=n, RANK=rank, R=r, BLOCK_D=BLOCK_D,
+            batch, on=hidden, SPLITS=selected.shape[0], STATE=state, N=n, RANK=rank, R=r, BLOCK_D=BLOCK_D,
         )  # fmt: skip
         partial, residual = product(block.out_proj, y), total
     assert residual is not None

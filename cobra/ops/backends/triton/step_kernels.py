@@ -10,6 +10,9 @@ registers and summed in float32. Two ways to sum:
 The matrix may be of 8 or 4 bits a number (BITS; 16 stands for any floating point dtype), see `cobra.ops.quantized`: a
 loaded column of 4 bits holds two, `piece` 0 and 1 below, 32 columns apart. Scales of rows are applied to sums, those of
 4-bit groups to products: a tile for the tensor cores is one such group wide.
+
+Only `_vector_products` is compiled for every number of vectors, ROWS, whose sums it keeps in registers. All else takes
+`batch` as an ordinary number that nothing is specialised on: requests that come and go compile nothing anew.
 """
 # Triton compiles loops and constants that pyright takes for Python's.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportIndexIssue=false, reportArgumentType=false
@@ -50,26 +53,25 @@ def _coarse(value, half: tl.constexpr):
 
 
 @triton.jit
-def _vector(x, residual, b, column, live, count, ROWS: tl.constexpr, SPLITS: tl.constexpr):
-    """Numbers of vector b: the sum of its SPLITS partial sums in `x`, [SPLITS, ROWS, count], and of the residual."""
+def _vector(x, residual, b, column, live, count, batch, SPLITS: tl.constexpr):
+    """Numbers of vector b: the sum of its SPLITS partial sums in `x`, [SPLITS, batch, count], and of the residual."""
     value = load(x + b * count + column, live, tl.float32)
     for split in tl.static_range(1, SPLITS):
-        value += load(x + (split * ROWS + b) * count + column, live, tl.float32)
+        value += load(x + (split * batch + b) * count + column, live, tl.float32)
     if residual is not None:
         value += load(residual + b * count + column, live, tl.float32)
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def normalise(
-    x, residual, norm, total, normed, count,
-    ROWS: tl.constexpr, SPLITS: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Add up a row's partial sums and its residual into `total`, and the RMSNorm of that; [ROWS, count] both."""
+    x, residual, norm, total, normed, count, batch, SPLITS: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Add up a row's partial sums and its residual into `total`, and the RMSNorm of that; [batch, count] both."""
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     live = column < count
-    value = _vector(x, residual, row, column, live, count, ROWS, SPLITS)
+    value = _vector(x, residual, row, column, live, count, batch, SPLITS)
     tl.store(total + row * count + column, value, mask=live)
     value *= 1.0 / tl.sqrt(tl.sum(value * value, 0) / count + EPS)
     tl.store(normed + row * count + column, value * load(norm + column, live, tl.float32), mask=live)
@@ -148,10 +150,10 @@ def _vector_products(
 
 @triton.jit
 def _tile_products(
-    matrix, scales, row, inside, begin, end, stride, x, count,
-    ROWS: tl.constexpr, BITS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    matrix, scales, row, inside, begin, end, stride, x, count, batch,
+    BITS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_R, BLOCK_B] products with all vectors of `x`, [ROWS, count]."""
+    """[BLOCK_R, BLOCK_B] products with all vectors of `x`, [batch, count]."""
     half: tl.constexpr = tl.float16 if matrix.dtype.element_ty == tl.float16 else tl.bfloat16
     b = tl.arange(0, BLOCK_B)
     sums = tl.zeros([BLOCK_R, BLOCK_B], tl.float32)
@@ -163,7 +165,7 @@ def _tile_products(
         for piece in tl.static_range(2 if BITS == 4 else 1):
             number = _number(loaded, piece, BITS, half)
             column = _column(k, piece, BITS)
-            live = ((k < end) & (column < count))[:, None] & (b < ROWS)[None, :]
+            live = ((k < end) & (column < count))[:, None] & (b < batch)[None, :]
             value = load(x + b[None, :] * count + column[:, None], live, tl.float32)
             high = _coarse(value, half)
             found = tl.dot(number, high.to(half), found)
@@ -197,18 +199,19 @@ def _convolve(
     return value * sigmoid(value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def project(
     matrix, scales, x, residual, norm, total, taps, bias, old, old_row, old_step, old_channel,
-    new, new_row, new_step, new_channel, out, rows, count, width, span,
+    new, new_row, new_step, new_channel, out, rows, count, width, span, batch,
     ROWS: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, BITS: tl.constexpr,
-    TAPS: tl.constexpr, IN_TILES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    TAPS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Products of a matrix [PARTS rows, count], stored `width` numbers or bytes wide, with ROWS vectors.
+    """Products of a matrix [PARTS rows, count], stored `width` numbers or bytes wide, with `batch` vectors.
 
-    out: [splits, PARTS, ROWS, rows], a sum for each `span` columns. With `norm` the vectors are normalised after the
+    out: [splits, PARTS, batch, rows], a sum for each `span` columns. With `norm` the vectors are normalised after the
     residual has been added; `total` gets the sum. With `taps` the products of the first part go through the causal
-    convolution and its SiLU; `old` and `new` are its states, [ROWS, TAPS - 1, rows], of any strides.
+    convolution and its SiLU; `old` and `new` are its states, [batch, TAPS - 1, rows], of any strides. ROWS: `batch`,
+    or 0 for products in tiles.
     """
     blocks = tl.cdiv(rows, BLOCK_R)
     program = tl.program_id(0)
@@ -220,9 +223,9 @@ def project(
     begin = split * span
     end = tl.minimum(begin + span, width)
     b = tl.arange(0, BLOCK_B)
-    if IN_TILES:
+    if ROWS == 0:
         value = _tile_products(
-            matrix, scales, row, inside, begin, end, width, x, count, ROWS, BITS, BLOCK_B, BLOCK_R, BLOCK_K
+            matrix, scales, row, inside, begin, end, width, x, count, batch, BITS, BLOCK_B, BLOCK_R, BLOCK_K
         )
     else:
         value = _vector_products(
@@ -231,26 +234,26 @@ def project(
         )  # fmt: skip
     if BITS == 8:
         value *= load(scales + row, inside, tl.float32)[:, None]
-    mask = inside[:, None] & (b < ROWS)[None, :]
+    mask = inside[:, None] & (b < batch)[None, :]
     if taps is not None and part == 0:
         value = _convolve(
             value, taps, bias, old, old_row, old_step, old_channel, new, new_row, new_step, new_channel,
             channel, b, inside, mask, TAPS,
         )  # fmt: skip
-    at = ((split * PARTS + part) * ROWS + b).to(tl.int64)[None, :] * rows + channel[:, None]
+    at = ((split * PARTS + part) * batch + b).to(tl.int64)[None, :] * rows + channel[:, None]
     tl.store(out + at, value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def recur(
     selected, xz, dt_proj, dt_bias, A_log, D, old, old_row, old_channel, old_state, new, new_row, new_channel,
-    new_state, y, dim, group,
-    ROWS: tl.constexpr, SPLITS: tl.constexpr, STATE: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
-    R: tl.constexpr, BLOCK_D: tl.constexpr,
+    new_state, y, dim, group, batch,
+    SPLITS: tl.constexpr, STATE: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One step of the recurrence for BLOCK_D channels of `group` rows; states [ROWS, dim, STATE] of any strides.
+    """One step of the recurrence for BLOCK_D channels of `group` rows; states [batch, dim, STATE] of any strides.
 
-    selected: [SPLITS, ROWS, RANK + 2 STATE], partial sums. xz: [2, ROWS, dim], input and gate. y: [ROWS, dim].
+    selected: [SPLITS, batch, RANK + 2 STATE], partial sums. xz: [2, batch, dim], input and gate. y: [batch, dim].
     """
     blocks = tl.cdiv(dim, BLOCK_D)
     channel = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -264,19 +267,19 @@ def recur(
     skip = load(D + channel, inside, tl.float32)
     old += channel[None, :] * old_channel + n[:, None] * old_state
     new += channel[None, :] * new_channel + n[:, None] * new_state
-    for row in range(first, tl.minimum(first + group, ROWS)):
+    for row in range(first, tl.minimum(first + group, batch)):
         h = load(old + row * old_row, in_tile, tl.float32)
         low = tl.zeros([R], tl.float32)
         b = tl.zeros([N], tl.float32)
         c = tl.zeros([N], tl.float32)
         for split in tl.static_range(SPLITS):
-            at = selected + (split * ROWS + row) * (RANK + 2 * STATE)
+            at = selected + (split * batch + row) * (RANK + 2 * STATE)
             low += load(at + r, r < RANK, tl.float32)
             b += load(at + RANK + n, n < STATE, tl.float32)
             c += load(at + RANK + STATE + n, n < STATE, tl.float32)
         dt = softplus(tl.sum(to_step * low[None, :], 1) + shift)
         u = load(xz + row * dim + channel, inside, tl.float32)
-        gate = load(xz + (ROWS + row) * dim + channel, inside, tl.float32)
+        gate = load(xz + (batch + row) * dim + channel, inside, tl.float32)
         h = tl.exp(dt[None, :] * a) * h + (dt * u)[None, :] * b[:, None]
         tl.store(new + row * new_row, h, mask=in_tile)
         out = tl.sum(h * c[:, None], 0) + skip * u
