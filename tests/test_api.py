@@ -183,7 +183,7 @@ def test_options_are_checked_at_once(vlm: cobra.Cobra) -> None:
         for options, error, message in (
             ({"min_p": 2}, ConfigError, "min_p=2"),
             ({"stop": ""}, ConfigError, "stop=''"),
-            ({"temprature": 1.0}, TypeError, "temprature"),
+            ({"temprature": 1.0}, ConfigError, "temprature"),
         ):
             with pytest.raises(error, match=message):
                 call("absent.png", PROMPT, **options)

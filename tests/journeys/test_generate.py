@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,8 @@ class Terminal:
             stdout=screen,
             stderr=screen,
             start_new_session=True,
+            # Whoever started the tests in the background may ignore Ctrl-C, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(screen)
         self.screen = ""
