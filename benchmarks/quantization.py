@@ -82,7 +82,12 @@ def torchao(name: str) -> Callable[[MambaLM], None]:
     """Weight-only quantisation of the same projections."""
 
     def apply(llm: MambaLM) -> None:
-        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+        from torchao.quantization import (  # type: ignore[import-not-found]
+            Int8WeightOnlyConfig,
+            IntxWeightOnlyConfig,
+            PerGroup,
+            quantize_,
+        )
 
         llm.lm_head.weight = nn.Parameter(llm.lm_head.weight.detach().clone())
         int4: Any = torch.int4  # type: ignore[attr-defined]
