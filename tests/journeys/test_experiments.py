@@ -54,7 +54,7 @@ LORA = ONE_EPOCH | {"learning_rate": 2e-4, "weight_decay": 0.0}
 OURS = {"cobra-3b-lora": (LORA, BOTH, "fused-gelu-mlp", 729, ZEPHYR, "zephyr")}
 FULL_SIZE = PAPER | OURS
 TINY = sorted(path.stem for path in EXPERIMENTS.glob("tiny*.yaml"))
-OWN = {"tiny-toy"}  # of no full-size experiment
+OWN = {"tiny-toy", "tiny-full"}  # of no full-size experiment
 
 
 def test_every_experiment_is_tested() -> None:
@@ -104,13 +104,16 @@ def test_only_the_second_stage_starts_from_a_run(tiny_config: Compose, name: str
 def test_tiny_experiments_vary_what_their_names_say(tiny_config: Compose) -> None:
     configs = {name: tiny_config(f"+experiment={name}") for name in TINY}
     assert all(config.run.name == config.model.name == name for name, config in configs.items())
-    tiny = configs["tiny"]
-    assert [tower.weights for tower in configs["tiny-siglip"].model.vision.towers] == ["cobra:tiny/siglip.safetensors"]
-    assert configs["tiny-siglip"].model.vision.towers[0] == tiny.model.vision.towers[1]
-    assert configs["tiny-ldpv2"].model.projector.kind == "fused-ldpv2"
-    assert configs["tiny-ldpv2"].model.projector.expansion == tiny.model.projector.expansion
-    assert configs["tiny-base"].model.llm.init != tiny.model.llm.init
-    assert (configs["tiny-one-epoch"].train.epochs, configs["tiny-one-epoch"].train.max_steps) == (1, None)
+    tiny, full = configs["tiny"], configs["tiny-full"]
+    assert full.train == replace(configs["tiny-toy"].train, max_steps=full.train.max_steps)
+    assert configs["tiny-siglip"].model.vision.towers == full.model.vision.towers[1:]
+    assert configs["tiny-siglip"].model.projector.kind == "gelu-mlp"
+    assert configs["tiny-ldpv2"].model.projector == replace(full.model.projector, kind="fused-ldpv2")
+    assert configs["tiny-base"].model.llm.init != full.model.llm.init
+    for name in ("tiny-siglip", "tiny-ldpv2", "tiny-base"):
+        assert (configs[name].data, configs[name].train) == (full.data, full.train)
+    for name in ("tiny-one-epoch", "tiny-aligned"):
+        assert configs[name].train == replace(full.train, epochs=1, max_steps=None)
     assert configs["tiny-lora"].train == replace(tiny.train, weight_decay=0.0, lora=LoraConfig())
     assert configs["tiny-align"].train.stage == "align"
     assert configs["tiny-aligned"].init_from == str(Path(tiny.paths.runs) / "tiny-align")
@@ -153,7 +156,7 @@ def test_second_stage_goes_on_from_the_first(tiny_config: Compose, small_data: A
         "+experiment=tiny-aligned", *overrides(small_data, tmp_path), "train.learning_rate=1e-9"
     )
     second = weights(pretrain(second_config))  # so slow that it stays where it started
-    fresh = pretrain(tiny_config("+experiment=tiny", *overrides(small_data, tmp_path), "train.learning_rate=1e-9"))
+    fresh = pretrain(tiny_config("+experiment=tiny-full", *overrides(small_data, tmp_path), "train.learning_rate=1e-9"))
     start = weights(fresh)
     changed = {key.split(".")[0] for key, tensor in weights(first).items() if not torch.allclose(tensor, start[key])}
     assert changed == set(TRAINED_PARTS["align"])
