@@ -8,9 +8,7 @@ from typing import Any
 import griffe
 
 # `Returns: text`, and further lines that are indented more.
-ONE_LINE = re.compile(
-    r"^(?P<name>Returns|Yields|Raises|Source|Note): (?P<text>\S.*(?:\n[ \t]+\S.*)*)$", re.MULTILINE
-)
+ONE_LINE = re.compile(r"^(?P<name>Returns|Yields|Raises|Source|Note): (?P<text>\S.*(?:\n[ \t]+\S.*)*)$", re.MULTILINE)
 # `B, C: text` below `Args:`.
 SEVERAL = re.compile(r"^(?P<indent>[ \t]+)(?P<names>\w+(?:, \w+)+): (?P<text>.*)$", re.MULTILINE)
 
