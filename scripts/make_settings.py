@@ -186,6 +186,9 @@ def shown(value: Any, key: str, choices: Mapping[str, str]) -> str:
         return f"`{choices[key].partition('=')[2]}`"
     if isinstance(value, (dict, list)) and any(isinstance(part, dict) for part in (value, *value) if part):
         return "*what the file says*"
+    variable = re.fullmatch(r"\$\{oc\.env:(\w+),(.*)\}", value) if isinstance(value, str) else None
+    if variable is not None:
+        return f"`{variable[2]}` or `${variable[1]}`"
     if isinstance(value, str) and "\n" in value:
         return f"`{json.dumps(value, ensure_ascii=False)}`"  # which is YAML, too
     text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
