@@ -36,14 +36,7 @@ def serve(config: DemoConfig) -> None:
     """
     _gradio()  # before a model is loaded for nothing
     with use_backend(config.ops):
-        vlm = load(
-            config.load,
-            device=config.device,
-            dtype=config.dtype,
-            quantize=config.quantize,
-            vision=config.vision,
-            llm=config.llm,
-        )
+        vlm = load(config.load, **config.load_options)
         launch(build(vlm, config), config)
 
 

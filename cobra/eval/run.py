@@ -72,14 +72,7 @@ def _evaluate(
     for task in tasks:
         stores.append(_open_store(config, task, fingerprint, ranks))
         open_stores.callback(stores[-1].close)
-    model = open_model(
-        config.load,
-        device=config.device,
-        dtype=config.dtype,
-        quantize=config.quantize,
-        vision=config.vision,
-        llm=config.llm,
-    )
+    model = open_model(config.load, **config.load_options)
     for task in tasks:
         _check_choices(model, task)
     results: list[dict[str, Any]] = []
