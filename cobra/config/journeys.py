@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from cobra.config.checks import not_negative, one_of, positive, weight_format
+from cobra.config.checks import not_negative, one_of, positive
+from cobra.config.load import LoadConfig
 from cobra.config.model import ModelConfig
 from cobra.config.train import DataConfig, ParallelConfig, TrainConfig
 from cobra.errors import ConfigError
@@ -89,26 +90,19 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(LoadConfig):
     """Everything that `scripts/evaluate.py` needs besides the benchmark."""
 
     paths: PathsConfig
-    load: str  # what cobra.load takes; `model=...` on the command line
     batch_size: int | None = None  # questions at once; null: what fits into memory
     limit: int | None = None
     subset: str | None = None  # a name in SUBSETS
-    device: str = "auto"
-    dtype: str = "float32"
-    quantize: str | None = None  # a name in QUANTIZED: weights of fewer bits, as cobra.load takes them
-    ops: str = "auto"  # as parallel.ops
     output: str | None = None
     processes: int | None = None  # started on this machine; null: one per GPU. Ignored below torchrun and SLURM
     on_missing: str = "error"  # images: "error" | "skip"
-    vision: Any = None  # a mapping or a YAML file, as cobra.load takes them
-    llm: Any = None
 
     def __post_init__(self) -> None:
-        weight_format(self.dtype, self.quantize)
+        super().__post_init__()
         one_of("on_missing", self.on_missing, ("error", "skip"))
         if self.subset is not None:
             one_of("subset", self.subset, SUBSETS)
@@ -168,21 +162,14 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskConfig:
-    """What `scripts/generate.py` and `scripts/demo.py` share: a model, and where it runs."""
+class AskConfig(LoadConfig):
+    """What `scripts/generate.py` and `scripts/demo.py` share."""
 
-    load: str  # what cobra.load takes; `model=...` on the command line
-    device: str = "auto"
-    dtype: str = "float32"
-    quantize: str | None = None  # a name in QUANTIZED: weights of fewer bits, as cobra.load takes them
-    ops: str = "auto"  # as parallel.ops
     max_new_tokens: int = 128
     temperature: float = 0.0
-    vision: Any = None  # a mapping or a YAML file, as cobra.load takes them
-    llm: Any = None
 
     def __post_init__(self) -> None:
-        weight_format(self.dtype, self.quantize)
+        super().__post_init__()
         positive("max_new_tokens", self.max_new_tokens)
         not_negative("temperature", self.temperature)
 

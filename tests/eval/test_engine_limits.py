@@ -246,6 +246,28 @@ def test_several_benchmarks_share_one_model(
     assert len(loads) == 2
 
 
+def test_batch_size_that_fits_is_kept_for_the_next_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Crowded(5, SHORT_OF_MEMORY[0])
+    facts: list[dict[str, Any]] = []
+    monkeypatch.setattr("cobra.eval.run.open_model", lambda *_, **__: model)
+    monkeypatch.setattr("cobra.eval.run.model_fingerprint", lambda *_, **__: {})
+    monkeypatch.setattr("cobra.eval.run._report", lambda *arguments: facts.append(arguments[-1]))
+    monkeypatch.setattr("cobra.eval.run.summary.write", lambda *_: None)
+    broken = [tmp_path / "broken-a" / "1.png", tmp_path / "broken-b" / "2.png"]
+    monkeypatch.setattr(model, "prepare_image", lambda path: checked(path, broken))
+    benchmarks = [Made(image.parent, num_images=4, name=image.parent.name) for image in broken]
+    evaluate_all(config_of(tmp_path, tmp_path / "out", batch_size=16, on_missing="skip"), benchmarks)
+    assert [size for size in model.sizes if size > 5] == [6]  # in the first benchmark
+    assert [one["batch_size"] for one in facts] == [3, 3]
+    assert [one["broken_images"] for one in facts] == [[str(image)] for image in broken]
+
+
+def checked(image: Path, broken: Sequence[Path]) -> Path:
+    if image in broken:
+        raise DataError("cannot be decoded.")
+    return image
+
+
 def test_all_benchmarks_by_name(trained_run: Path, data_root: Path, tmp_path: Path, script: Any) -> None:
     common = [f"model={trained_run}", f"data_root={data_root}", "benchmark.limit=3", "device=cpu"]
     result = script("evaluate", "benchmark=[vsr,pope]", *common)
