@@ -63,6 +63,18 @@ def examples(
     ]
 
 
+def one_of_each_column(
+    benchmark: Benchmark, questions: Sequence[Question], predictions: Mapping[str, Prediction], scores: Scores
+) -> list[Example]:
+    """Draw one question of each column, always the same one, whether its answer is right or wrong."""
+    chosen: dict[str, Question] = {}
+    for i in np.random.default_rng(0).permutation(len(questions)).tolist():
+        if questions[i].id in scores.main:  # what could not be asked has no score
+            chosen.setdefault(questions[i].part, questions[i])
+    wanted = [chosen[part] for part in scores.columns.values() if part in chosen]
+    return examples(benchmark, wanted, predictions, scores)
+
+
 def plot_examples(file: Path, shown: Sequence[Example], title: str, num_columns: int = 4) -> None:
     """Draw each example's image, with the question above and the answer, and the truth if it is another, below.
 
