@@ -22,6 +22,7 @@ from cobra.config.journeys import (
     ValidationConfig,
     WandbConfig,
 )
+from cobra.config.load import LoadConfig
 from cobra.config.model import (
     PROJECTOR_KINDS,
     RESIZE_STRATEGIES,
@@ -58,6 +59,7 @@ __all__ = [
     "EvaluateConfig",
     "GenerateConfig",
     "LLMConfig",
+    "LoadConfig",
     "LoraConfig",
     "ModelConfig",
     "ParallelConfig",

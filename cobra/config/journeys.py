@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from cobra.config.checks import not_negative, one_of, positive, weight_format
+from cobra.config.checks import not_negative, one_of, positive
+from cobra.config.load import LoadConfig
 from cobra.config.model import ModelConfig
 from cobra.config.train import DataConfig, ParallelConfig, TrainConfig
 from cobra.errors import ConfigError
@@ -89,26 +90,19 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(LoadConfig):
     """Everything that `scripts/evaluate.py` needs besides the benchmark."""
 
     paths: PathsConfig
-    load: str  # a run or model folder, or whatever else `cobra.load` takes; on the command line `model=...`
     batch_size: int | None = None  # questions at once; null: what fits into memory. Halved when it does not
     limit: int | None = None  # first questions of one fixed shuffled order; null: all
     subset: str | None = None  # "smoke" | "lite" | "medium": whole images with 50 | 500 | 2500 questions of each part
-    device: str = "auto"  # "cpu" | "cuda" | "auto": a GPU where there is one
-    dtype: str = "float32"  # of weights: "float32" | "bfloat16"
-    quantize: str | None = None  # "int8" | "int4": weights of fewer bits
-    ops: str = "auto"  # kernels, as `parallel.ops` in training
     output: str | None = None  # folder; null: `results/BENCHMARK/MODEL`
     processes: int | None = None  # started on this machine; null: one per GPU. Ignored below torchrun and SLURM
     on_missing: str = "error"  # images that are not there: "error" | "skip": leave out and list their questions
-    vision: Any = None  # a mapping or a YAML file that replaces the model's own settings, as `cobra.load` takes it
-    llm: Any = None  # likewise, of the language model
 
     def __post_init__(self) -> None:
-        weight_format(self.dtype, self.quantize)
+        super().__post_init__()
         one_of("on_missing", self.on_missing, ("error", "skip"))
         if self.subset is not None:
             one_of("subset", self.subset, SUBSETS)
@@ -168,21 +162,14 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskConfig:
-    """What `scripts/generate.py` and `scripts/demo.py` share: a model, and where it runs."""
+class AskConfig(LoadConfig):
+    """What `scripts/generate.py` and `scripts/demo.py` share."""
 
-    load: str  # a run or model folder, or whatever else `cobra.load` takes; on the command line `model=...`
-    device: str = "auto"  # "cpu" | "cuda" | "auto": a GPU where there is one
-    dtype: str = "float32"  # of weights: "float32" | "bfloat16"
-    quantize: str | None = None  # "int8" | "int4": weights of fewer bits
-    ops: str = "auto"  # kernels, as `parallel.ops` in training
     max_new_tokens: int = 128  # limit of an answer
     temperature: float = 0.0  # 0: the likeliest token each time; above: tokens are drawn
-    vision: Any = None  # a mapping or a YAML file that replaces the model's own settings, as `cobra.load` takes it
-    llm: Any = None  # likewise, of the language model
 
     def __post_init__(self) -> None:
-        weight_format(self.dtype, self.quantize)
+        super().__post_init__()
         positive("max_new_tokens", self.max_new_tokens)
         not_negative("temperature", self.temperature)
 

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
 
-from cobra.config.checks import not_negative, positive, weight_format
+from cobra.config.checks import not_negative, positive
+from cobra.config.load import LoadConfig
 from cobra.errors import ConfigError
 
 _OTHER_NUMBERS = {"port", "temperature"}  # all others must be greater than 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig:
+class ServeConfig(LoadConfig):
     """Everything that `scripts/serve.py` needs."""
 
-    load: str  # a run or model folder, or whatever else `cobra.load` takes; on the command line `model=...`
     name: str | None = None  # what clients call the model; null: its own name
     host: str = "127.0.0.1"  # "0.0.0.0": reachable from other machines
     port: int = 8000  # 0: any that is free
     api_key: str | None = None  # clients must send it; null: anyone may ask
     cors_origins: list[str] = field(default_factory=list[str])  # web pages that may ask, such as "https://example.org"
-    device: str = "auto"  # "cpu" | "cuda" | "auto": a GPU where there is one
-    dtype: str = "float32"  # of weights: "float32" | "bfloat16"
-    quantize: str | None = None  # "int8" | "int4": weights of fewer bits
-    ops: str = "auto"  # kernels, as `parallel.ops` in training
-    vision: Any = None  # a mapping or a YAML file that replaces the model's own settings, as `cobra.load` takes it
-    llm: Any = None  # likewise, of the language model
 
     temperature: float = 0.0  # where a client sends none
     default_tokens: int = 512  # limit of an answer where a client sends none
@@ -50,7 +43,7 @@ class ServeConfig:
     image_timeout: float = 15.0  # seconds to fetch an image
 
     def __post_init__(self) -> None:
-        weight_format(self.dtype, self.quantize)
+        super().__post_init__()
         not_negative("temperature", self.temperature)
         if not 0 <= self.port < 2**16:
             raise ConfigError(f"port={self.port} must be from 0, which is any free one, to 65535.")
