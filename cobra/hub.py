@@ -296,10 +296,12 @@ def _download(name: str, setting: str, choose: Callable[[list[str]], list[str]])
     except CheckpointError:
         raise
     except Exception as error:
-        failure = "does not give it" if isinstance(error, HfHubHTTPError) else "cannot be reached"
+        refused = isinstance(error, HfHubHTTPError)
+        failure = "does not give it" if refused else "cannot be reached"
+        login = "If it is private or gated, log in with `hf auth login`. " if refused else ""
         raise CheckpointError(
             f"{setting}={name}: not on this machine, and the Hugging Face Hub {failure} ({_first_line(error)}). "
-            f"{remedy}"
+            f"{login}{remedy}"
         ) from None
 
 
