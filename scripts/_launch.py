@@ -48,8 +48,8 @@ _SOME_CHOICE = {"evaluate": ["benchmark=easyvqa"], "score": ["benchmark=gqa"]}
 
 # What to do when memory runs out.
 _LESS_MEMORY = {
-    "pretrain": "Lower train.per_device_batch_size, which leaves the global batch as it is, or see docs/training.md#memory "
-    "for what else saves memory.",
+    "pretrain": "Lower train.per_device_batch_size, which leaves the global batch as it is, or see "
+    "docs/training.md#memory for what else saves memory.",
     "prepare": "Lower jobs.",
     "score": "Close other programs.",
 }

@@ -11,11 +11,12 @@ import json
 import logging
 import math
 import re
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import util
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,12 +25,14 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 from PIL import Image
 
 import cobra
 from cobra.api import Cobra
-from cobra.config import EvaluateConfig, PathsConfig, PretrainConfig, ScoreConfig, ServeConfig, as_config
+from cobra.config import EvaluateConfig, ModelConfig, PathsConfig, PretrainConfig, ScoreConfig, ServeConfig, as_dict
 from cobra.convert import convert
 from cobra.data.prepare.download import RemoteFile, download
 from cobra.data.prepare.manifest import load_manifest
@@ -37,18 +40,23 @@ from cobra.data.prepare.own import prepare_own
 from cobra.data.prepare.plan import check_space
 from cobra.data.sampler import check_world_size
 from cobra.errors import CobraError
+from cobra.eval.benchmark import Choices
 from cobra.eval.benchmarks.vsr import VSR
 from cobra.eval.run import evaluate_all
 from cobra.eval.scoring import score
-from cobra.models.vlm import CobraVLM
+from cobra.models.build import build_model
+from cobra.models.loss import labelled_loss
 from cobra.models.weights import save_model_folder
 from cobra.ops import use_backend
 from cobra.text.tokenizer import Tokenizer
+from cobra.train.folder import locked
 from cobra.train.run import pretrain
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "troubleshooting.md"
-ENTRY = re.compile(r"^### (?P<title>.+?)\n+(?:<!-- of: (?P<program>.+?) -->\n)?```text\n(?P<message>.*?)\n```", re.M | re.S)
+ENTRY = re.compile(
+    r"^### (?P<title>.+?)\n+(?:<!-- of: (?P<program>.+?) -->\n)?```text\n(?P<message>.*?)\n```", re.M | re.S
+)
 
 ENTRIES = {found["title"]: found for found in ENTRY.finditer(PAGE.read_text(encoding="utf-8"))}
 OURS = [title for title, found in ENTRIES.items() if not found["program"]]
@@ -68,10 +76,16 @@ class Kit:
     def train(self, *overrides: str) -> Path:
         return pretrain(self.config(*self.small_run, *overrides))
 
+    def trained(self) -> None:
+        """Make the run folder of the small run's settings, as far as it is looked at before anything else."""
+        folder = self.tmp / "runs" / "small"
+        checkpoint = folder / "checkpoints" / "step-000012"
+        checkpoint.mkdir(parents=True)
+        (checkpoint.parent / "latest").write_text(checkpoint.name)
+        (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(self.config(*self.small_run))))
+
     def model_folder(self) -> Path:
-        model: CobraVLM = self.get("small_model")
-        tokenizer: Tokenizer = self.get("tokenizer")
-        return save_model_folder(model, tokenizer.file, self.tmp / "model") or self.tmp / "model"
+        return shutil.copytree(self.get("saved_model"), self.tmp / "model")
 
     def vlm(self) -> Cobra:
         return cobra.load(self.model_folder(), device="cpu")
@@ -101,6 +115,15 @@ class Kit:
 
         self.monkeypatch.setattr(sys, "argv", ["x.py", *words[1:]])
         _check_command_line(words[0], [])
+
+
+@pytest.fixture(scope="session")
+def saved_model(
+    small_model_config: ModelConfig, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save_model_folder(build_model(small_model_config, seed=0), tokenizer.file, folder)
+    return folder
 
 
 @pytest.fixture
@@ -151,7 +174,7 @@ def _(kit: Kit) -> str:
 def without(kit: Kit, *packages: str) -> None:
     """Make some packages look as if they were not installed."""
     find = util.find_spec
-    hidden = {name: None for name in packages}
+    hidden = dict.fromkeys(packages)
     for name in hidden:
         kit.monkeypatch.setitem(sys.modules, name, None)
     for place in ("importlib.util.find_spec", "cobra.data.easyvqa.find_spec", "serve.find_spec"):
@@ -169,8 +192,6 @@ def _(kit: Kit) -> None:
     from serve import main
 
     without(kit, "fastapi", "uvicorn")
-    from omegaconf import OmegaConf
-
     main(OmegaConf.create({"load": "runs/tiny"}))
 
 
@@ -401,32 +422,26 @@ def _(kit: Kit) -> None:
 
 @provokes("The run folder belongs to other settings")
 def _(kit: Kit) -> None:
-    kit.train("train.max_steps=1", "train.save_every=1")
-    kit.train("train.max_steps=1", "train.learning_rate=1e-4")
+    kit.trained()
+    kit.train("train.learning_rate=1e-4")
 
 
 @provokes("The run folder is not empty")
 def _(kit: Kit) -> None:
-    kit.train("train.max_steps=1", "train.save_every=1")
-    kit.train("train.max_steps=1", "resume=never")
+    kit.trained()
+    kit.train("resume=never")
 
 
 @provokes("Two processes in one run folder")
 def _(kit: Kit) -> None:
-    from cobra.train.folder import locked
-
     with locked(kit.tmp / "runs" / "small"):
         kit.train()
 
 
 @provokes("The loss is NaN")
 def _(kit: Kit) -> None:
-    import cobra.models.vlm
-
-    whole = cobra.models.vlm.labelled_loss
-
     def spoilt(*arguments: Any) -> Any:
-        loss, count = whole(*arguments)
+        loss, count = labelled_loss(*arguments)
         return loss * math.nan, count
 
     kit.monkeypatch.setattr("cobra.models.vlm.labelled_loss", spoilt)
@@ -455,18 +470,9 @@ def _(kit: Kit) -> None:
 
 @provokes("Two words that are not single tokens")
 def _(kit: Kit) -> None:
-    from cobra.eval.benchmark import Choices
-
-    benchmark = kit.vsr()
-    asked = [Choices(words=("Undoubtedly", "Unthinkable"))]
-    questions = VSR.questions
-
-    def other(self: VSR) -> Any:
-        from dataclasses import replace
-
-        return [replace(question, answer=asked[0]) for question in questions(self)]
-
-    kit.monkeypatch.setattr(VSR, "questions", other)
+    questions = [replace(one, answer=Choices(words=("Undoubtedly", "Unthinkable"))) for one in kit.vsr().questions()]
+    benchmark = VSR(data_root="", prompt="")
+    kit.monkeypatch.setattr(benchmark, "questions", lambda: questions)
     kit.evaluate(kit.model_folder(), benchmark)
 
 
@@ -545,7 +551,8 @@ def happened(kit: Kit, provocation: Provocation) -> str:
 
 def pattern(message: str) -> str:
     """Return the regular expression of a message with placeholders."""
-    return "".join(".+?" if part.startswith("<") else re.escape(part) for part in re.split(r"(<[a-z0-9 ,'.]+>)", message))
+    parts = re.split(r"(<[a-z0-9 ,'.]+>)", message)
+    return "".join(".+?" if part.startswith("<") else re.escape(part) for part in parts)
 
 
 @pytest.mark.parametrize("title", PROVOKED)
