@@ -46,6 +46,15 @@ _SYNONYMS = {"evaluate": {"benchmark.limit": "limit", "benchmark.subset": "subse
 # What makes a config with mandatory choices compose when only its keys matter.
 _SOME_CHOICE = {"evaluate": ["benchmark=easyvqa"], "score": ["benchmark=gqa"]}
 
+# What to do when memory runs out.
+_LESS_MEMORY = {
+    "pretrain": "Lower train.per_device_batch_size, which leaves the global batch as it is, or see "
+    "docs/training.md#memory for what else saves memory.",
+    "prepare": "Lower jobs.",
+    "score": "Close other programs.",
+}
+_LESS_OF_A_MODEL = "Choose dtype=bfloat16, quantize=int8 or int4, or another device."
+
 NINE: tuple[str, ...] = (
     "vqav2",
     "gqa",
@@ -146,6 +155,10 @@ def _errors_in_one_line(config_name: str) -> Iterator[None]:
     except Exception as error:
         if _submitit.is_about_a_job(error):
             _fail(_submitit.explain(error))
+        from cobra.eval.memory import first_line, is_out_of_memory
+
+        if is_out_of_memory(error):
+            _fail(f"The memory is too small: {first_line(error)} {_LESS_MEMORY.get(config_name, _LESS_OF_A_MODEL)}")
         if not _is_one_of_several():
             raise
         traceback.print_exc()
