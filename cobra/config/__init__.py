@@ -24,6 +24,7 @@ from cobra.config.journeys import (
 )
 from cobra.config.model import (
     PROJECTOR_KINDS,
+    QUESTION_SLOT,
     RESIZE_STRATEGIES,
     LLMConfig,
     ModelConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "LORA_TARGETS",
     "PROJECTOR_KINDS",
     "QUANTIZED",
+    "QUESTION_SLOT",
     "RESIZE_STRATEGIES",
     "STAGES",
     "SUBSETS",
