@@ -32,16 +32,18 @@ PATH_INSIDE = re.compile(r"# ([\w./-]+\.(?:py|yaml))\n")
 # One process runs many commands: most of the time of each is the import of its libraries.
 DRIVER = """
 import json, runpy, sys
+from cobra.__main__ import main
 for number, words in enumerate(json.loads(sys.argv[1])):
     for stream in (sys.stdout, sys.stderr):
         print(f"command {number}", file=stream, flush=True)
-    python = words[0] == "python"
-    sys.argv = words[2:] if words[1] == "-m" else words[1:] if python else words
+    sys.argv = words[2:] if words[1] == "-m" else words[1:] if words[0] == "python" else words
     try:
-        if python and words[1] != "-m":
-            runpy.run_path(words[1], run_name="__main__")
+        if words[0] == "cobra":
+            main()
+        elif words[1] == "-m":
+            runpy.run_module(words[2], run_name="__main__", alter_sys=True)
         else:
-            runpy.run_module(words[2] if python else "cobra", run_name="__main__", alter_sys=True)
+            runpy.run_path(words[1], run_name="__main__")
     except SystemExit as end:
         if end.code:
             raise
@@ -230,8 +232,8 @@ def test_benchmark(place: Place) -> None:
     assert results["num_questions"] == 3
     assert "| color |" in (folder / "report.md").read_text()
     scored, said = (json.loads(text.splitlines()[-1]) for text in place.outputs[5:7])
-    assert scored["official"]["accuracy"] == results["accuracy"]
-    assert said["official"]["accuracy"] == pytest.approx(100 * 2 / 3)
+    assert scored["rules"]["official"]["accuracy"] == results["accuracy"]
+    assert said["rules"]["official"]["accuracy"] == pytest.approx(100 * 2 / 3)
     assert (place.folder / "runs" / "validated" / "metrics.jsonl").read_text().count("validation/shapes") == 2
 
 
