@@ -98,10 +98,11 @@ class Place:
     logs: list[str] = field(default_factory=list)
 
     def run(self, package: Path, commands: list[list[str]], **environment: str) -> None:
+        own = {name: value for name, value in os.environ.items() if not name.startswith("COBRA_")}
         process = subprocess.run(
             [sys.executable, "-c", DRIVER, json.dumps(commands)],
             cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(package), **environment},
+            env={**own, "PYTHONPATH": str(package), **environment},
             capture_output=True,
             text=True,
         )
