@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import _submitit
 import hydra
-from _configs import CONFIGS, find_own_configs, groups
+from _configs import CONFIGS, find_own_configs, find_own_modules, groups
 from _ranks import watch_parent
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
@@ -70,6 +70,7 @@ def launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     """Run `main(composed config)` for the command line; every error of Cobra's or Hydra's ends in one clear line."""
     watch_parent()
     _setup_logging()
+    find_own_modules()
     rerun = _take_option("--rerun") if config_name in ("pretrain", "evaluate") else None
     for alias, name in (_ALIASES.get(config_name, {}) | _SYNONYMS.get(config_name, {})).items():
         sys.argv[1:] = [_renamed(argument, alias, name) for argument in sys.argv[1:]]
