@@ -55,7 +55,7 @@ CHECKS = {
         assert len(lost) == sum(a > b for a, b in zip(*scores)) and len(won) == sum(a < b for a, b in zip(*scores))
     """,
     "4_finetune_on_your_data": """
-        learnt = json.loads(Path("data/lights/lights.json").read_text())
+        learnt = json.loads(Path("data/flags/flags.json").read_text())
         assert len(learnt) == 240 and not {row["image"] for row in learnt} & {row["image"] for row in test_rows}
         assert not set(before) & set(ANSWERS.values())  # words that the model had never seen
         assert sum(answer in ANSWERS.values() for answer in after) > 40  # and now uses
@@ -79,7 +79,7 @@ def project(
         Image.open(file).resize((64, 64)).save(file)  # squares, as easy-VQA's
     overrides = [
         *small_data.overrides, f"data.annotations={small_data.captions}", "parallel.device=cpu",
-        f"paths.runs={folder / 'runs'}", "train.max_steps=30", "train.global_batch_size=8",
+        f"paths.runs={folder / 'runs'}", "train.max_steps=20", "train.global_batch_size=8",
         "train.per_device_batch_size=8", "train.save_every=1000",
     ]  # fmt: skip
     pretrain(tiny_config(*overrides))
@@ -108,7 +108,7 @@ def test_notebook_runs(name: str, project: Path, kernel: Path, monkeypatch: pyte
     notebook.cells.append(nbformat.v4.new_code_cell(textwrap.dedent(CHECKS[name])))
     folder = project if name in STEPS else project / "notebooks"  # a notebook program starts in either
     resources = {"metadata": {"path": str(folder)}}
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="this-python", resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="this-python", resources=resources).execute()
 
 
 def shorten(notebook: Any, steps: int) -> None:
