@@ -225,7 +225,8 @@ def update_page(page: Path, ablation: Ablation) -> None:
 
 
 def _plot(file: Path, ablation: Ablation) -> None:
-    ours, theirs = {}, {}
+    ours: dict[str, list[Bar]] = {}
+    theirs: dict[str, list[Bar]] = {}
     for row in _CHANGED:
         ours[LABELS[row]] = [
             Bar(name=name, percent=found.ours, interval=found.interval_95)

@@ -170,8 +170,9 @@ def plot_differences(
     """
     figure = Figure(figsize=(10, 0.36 * len(columns) + 1.6), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
-    ours = {"marker": "o", "linestyle": "none", "color": "tab:blue", "markeredgecolor": "black"}
-    theirs = {"marker": "D", "linestyle": "none", "color": "tab:orange", "markerfacecolor": "white", "markersize": 5}
+    ours: dict[str, Any] = {"marker": "o", "linestyle": "none", "color": "tab:blue", "markeredgecolor": "black"}
+    theirs: dict[str, Any] = {**ours, "marker": "D", "color": "tab:orange", "markersize": 5}
+    theirs |= {"markerfacecolor": "white", "markeredgecolor": "tab:orange"}
     for axes, (name, bars) in zip(all_axes, panels.items(), strict=True):
         axes.axvline(0, color="tab:gray", linewidth=1)
         places = [columns.index(bar.name) - 0.14 for bar in bars]
@@ -182,7 +183,8 @@ def plot_differences(
         axes.set_yticks(range(len(columns)), columns, parse_math=False)
         axes.set_ylim(len(columns) - 0.4, -0.6)
         axes.set_title(name if bars else f"{name} (missing)", fontsize=10, parse_math=False)
-        axes.hlines([i + 0.5 for i in range(len(columns) - 1)], 0, 1, color="0.9", transform=axes.get_yaxis_transform())
+        for between in range(1, len(columns)):
+            axes.axhline(between - 0.5, color="0.9", linewidth=0.8)
         axes.tick_params(axis="y", length=0)
         axes.spines[["top", "right", "left"]].set_visible(False)
     marks = [Line2D([], [], label="ours", **ours), Line2D([], [], label="the paper's", **theirs)]
