@@ -16,6 +16,7 @@ from cobra.errors import ConfigError, DataError
 from cobra.eval import report, summary
 from cobra.eval.benchmark import Benchmark, Choices, Question, Scores
 from cobra.eval.engine import Answerer, Engine, ask, select, share
+from cobra.eval.gallery import Example, one_of_each_column
 from cobra.eval.models import model_fingerprint, open_model
 from cobra.eval.scoring import log_scores
 from cobra.eval.store import AnswerStore
@@ -78,14 +79,16 @@ def _evaluate(
     engine = Engine(model, config.batch_size, skip_broken=config.on_missing == "skip")  # keeps a batch size that fits
     results: list[dict[str, Any]] = []
     scores: list[Scores] = []
+    examples: list[Example] = []
     for task, store in zip(tasks, stores, strict=True):
         found, result = _run(config, engine, task, store, ranks)
         scores.append(found)
         results.append(result)
+        examples += one_of_each_column(task.benchmark, task.questions, store.answers, found)
     if len(tasks) > 1 and ranks.is_first:
         folder = Path(config.output or Path(config.paths.results) / "summary" / _display_name(config))
-        summary.write(folder, results)
-        log.info("All of them: %s, %s", folder / "summary.md", folder / "summary.png")
+        summary.write(folder, results, examples)
+        log.info("All of them: %s, %s, %s", *(folder / name for name in ("summary.md", "summary.png", "examples.png")))
     return scores
 
 

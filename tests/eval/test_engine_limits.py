@@ -237,6 +237,9 @@ def test_several_benchmarks_share_one_model(
     monkeypatch.setattr("cobra.eval.models.load", lambda *a, **k: loads.append(a) or cobra.load(*a, **k))
     benchmarks = [short(name, data_root) for name in ("vsr", "gqa")]
     both = evaluate_all(config_of(trained_run, tmp_path / "both"), benchmarks)
+    with Image.open(tmp_path / "both" / "examples.png") as image:
+        assert min(image.size) > 200
+    assert "![examples](examples.png)" in (tmp_path / "both" / "summary.md").read_text()
     alone = evaluate(config_of(trained_run, tmp_path / "alone"), benchmarks[1])
     assert len(loads) == 2 and both[1].per_question == alone.per_question
     assert rows_of(tmp_path / "both" / "gqa") == rows_of(tmp_path / "alone")
