@@ -306,12 +306,25 @@ def _check_command_line(config_name: str, names: list[str]) -> tuple[list[str], 
                 composed = hydra.compose(config_name, overrides=[*others, benchmark])
                 benchmarks.append(OmegaConf.to_container(composed.benchmark, resolve=True))
         swept = [(override.input_line or "").split("=", 1)[0] for override in parsed if override.is_sweep_override()]
+        if arguments.multirun and config_name == "evaluate":
+            _check_outputs(parsed, swept)
         return swept, benchmarks
     except MissingConfigException as error:
         _fail(_explain_missing(error))
     except HydraException as error:
         hint = f" ({benchmark}: settings go to each of the benchmarks.)" if benchmark else ""
         _fail(_explain_override(str(error), config_name, benchmark) + hint)
+
+
+def _check_outputs(parsed: list[Override], swept: list[str]) -> None:
+    """Refuse a folder that all evaluations of a sweep would share: the second would find the first one's answers."""
+    outputs = [text for override in parsed if (text := override.input_line or "").startswith("output=")]
+    if swept and "output" not in swept and outputs and "${" not in outputs[-1]:
+        _fail(
+            f"{outputs[-1]} is one folder for all evaluations of this sweep, and each needs its own. Leave it out for "
+            "results/<benchmark>/<model>, or name what is swept in it, such as 'output=OUT/${benchmark.name}'; several "
+            "benchmarks without --multirun get folders below it."
+        )
 
 
 def _check_added_key(override: str) -> None:
