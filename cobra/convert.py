@@ -62,7 +62,9 @@ def convert(
     if results is not None and to != "hf":
         raise ConfigError(f"results go into the model card of to=hf; they have no effect on to={to}. Leave them out.")
     if target.exists() and not overwrite:
-        raise CheckpointError(f"{target} exists; choose another target, or ask for it to be overwritten.")
+        raise CheckpointError(
+            f"{target} exists; choose another target, or replace it with --overwrite (overwrite=True)."
+        )
     check_replaceable(target, Path(source))
     model, tokenizer_file = _read(source, vision, llm)
     if to == "cobra" and isinstance(model, CobraVLM) and tokenizer_file is not None:

@@ -48,8 +48,8 @@ Every setting of every command: on the command line `key=value`, in a YAML file 
 groups and experiments are put together: [configuration](configuration.md).
 
 The default is what a command begins with when nothing is given. An experiment, or another file of a group, brings
-values of its own; `cobra pretrain +experiment=NAME --cfg job` shows them. Places in lists are counted from 0. `cobra
-compare` and `cobra convert` take options instead, which `--help` explains.
+values of its own; `cobra pretrain +experiment=NAME --cfg job` shows them. Places in lists are counted from 0. Other
+commands, such as `cobra compare` and `cobra convert`, take options instead, which `--help` explains.
 """
 BENCHMARKS = """## Benchmarks
 

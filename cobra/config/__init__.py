@@ -25,6 +25,7 @@ from cobra.config.journeys import (
 from cobra.config.load import LoadConfig
 from cobra.config.model import (
     PROJECTOR_KINDS,
+    QUESTION_SLOT,
     RESIZE_STRATEGIES,
     LLMConfig,
     ModelConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "LORA_TARGETS",
     "PROJECTOR_KINDS",
     "QUANTIZED",
+    "QUESTION_SLOT",
     "RESIZE_STRATEGIES",
     "STAGES",
     "SUBSETS",

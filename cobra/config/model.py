@@ -11,6 +11,8 @@ from cobra.errors import ConfigError
 
 RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 PROJECTOR_KINDS = ("linear", "gelu-mlp", "fused-gelu-mlp", "ldpv2", "fused-ldpv2")
+PROMPT_FORMATS = ("zephyr", "mamba")
+QUESTION_SLOT = "{question}"  # of a prompt format that is a template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ class LLMConfig:
     num_layers: int  # Mamba blocks
     vocab_size: int  # tokens that the weights know; rows of the embedding are rounded up
     tokenizer: str  # tokenizer.json, or a folder or Hub id with one; "cobra:..." is a file of this package
-    prompt: str  # "zephyr" (chat) | "mamba" (base)
+    prompt: str  # "zephyr" (chat) | "mamba" (base) | a template of one's own, such as "Q: {question}\nA: "
     d_state: int = 16  # state of each channel
     d_conv: int = 4  # width of the causal convolution
     expand: int = 2  # width inside a block, in multiples of d_model
@@ -90,7 +92,10 @@ class LLMConfig:
     init: str = "mamba"  # fresh weights: "mamba" (its authors') | "small" (small models trained from scratch)
 
     def __post_init__(self) -> None:
-        one_of("model.llm.prompt", self.prompt, ("zephyr", "mamba"))
+        if self.prompt.count(QUESTION_SLOT) > 1:
+            raise ConfigError(f"model.llm.prompt={self.prompt!r} must hold {QUESTION_SLOT} once.")
+        if QUESTION_SLOT not in self.prompt:
+            one_of("model.llm.prompt", self.prompt, PROMPT_FORMATS)
         one_of("model.llm.init", self.init, ("mamba", "small"))
         for key in ("d_model", "num_layers", "vocab_size", "d_state", "d_conv", "expand", "pad_vocab_multiple"):
             positive(f"model.llm.{key}", getattr(self, key))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cobra.eval.benchmark import Benchmark, Prediction, Question, Scores
+from cobra.eval.benchmark import MEAN, Benchmark, Prediction, Question, Scores
 from cobra.eval.rules.boxes import BoxXYXY, parse_box
 from cobra.hub import open_image
 from cobra.runtime import write_atomically
@@ -35,11 +35,12 @@ class Example:
     question: Question
     prediction: Prediction
     is_right: bool
+    label: str = ""  # above the question
 
     @property
     def head(self) -> str:
-        """The question, in lines."""
-        return _lines(self.question.text.replace("<image>", ""))
+        """The label and the question, in lines."""
+        return "\n".join(filter(None, (self.label, _lines(self.question.text.replace("<image>", "")))))
 
     @property
     def foot(self) -> str:
@@ -67,12 +68,14 @@ def one_of_each_column(
     benchmark: Benchmark, questions: Sequence[Question], predictions: Mapping[str, Prediction], scores: Scores
 ) -> list[Example]:
     """Draw one question of each column, always the same one, whether its answer is right or wrong."""
-    chosen: dict[str, Question] = {}
-    for i in np.random.default_rng(0).permutation(len(questions)).tolist():
-        if questions[i].id in scores.main:  # what could not be asked has no score
-            chosen.setdefault(questions[i].part, questions[i])
-    wanted = [chosen[part] for part in scores.columns.values() if part in chosen]
-    return examples(benchmark, wanted, predictions, scores)
+    asked = [questions[i] for i in np.random.default_rng(0).permutation(len(questions)).tolist()]
+    asked = [question for question in asked if question.id in scores.main]  # what could not be asked has no score
+    shown: list[Example] = []
+    for column, part in scores.columns.items():
+        first = next((question for question in asked if part in (question.part, MEAN)), None)
+        chosen = examples(benchmark, [first] if first else [], predictions, scores)
+        shown += [replace(example, label=column) for example in chosen]
+    return shown
 
 
 def plot_examples(file: Path, shown: Sequence[Example], title: str, num_columns: int = 4) -> None:

@@ -101,3 +101,33 @@ def test_search_is_told_the_score_or_else_the_loss(
     (tmp_path / "tiny" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert outcome(tiny_config(f"paths.runs={tmp_path}")) == 1.5
     assert outcome(tiny_config(f"paths.runs={tmp_path}", "validation.every=1")) == 30.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refused"),
+    [
+        (["--multirun", "benchmark=pope,vsr", "output=out"], True),
+        (["--multirun", "benchmark=pope", "load=a,b", "output=out"], True),
+        (["--multirun", "benchmark=pope,vsr", "output=out/${benchmark.name}"], False),
+        (["--multirun", "benchmark=pope", "load=a,b", "output=a,b"], False),
+        (["--multirun", "benchmark=pope,vsr"], False),
+        (["benchmark=pope", "output=out"], False),
+    ],
+    ids=str,
+)
+def test_sweep_into_one_folder_is_refused_before_the_first_evaluation(
+    scripts: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    arguments: list[str],
+    refused: bool,
+) -> None:
+    from _launch import _check_command_line
+
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    if not refused:
+        _check_command_line("evaluate", [])
+        return
+    with pytest.raises(SystemExit):
+        _check_command_line("evaluate", [])
+    assert "output=out is one folder for all evaluations of this sweep" in caplog.text
