@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo ablation test test-lmms-eval release-check lint format clean
+.PHONY: help demo ablation test test-lmms-eval release-check docs docs-serve lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -63,6 +63,13 @@ release-check: .venv/dev  ## build sdist and wheel from a clean tree, install th
 	rm -rf dist
 	$(BIN)/python -m build
 	COBRA_DIST=$(CURDIR)/dist $(BIN)/python -m pytest tests/journeys/test_wheel.py
+
+docs: .venv/dev  ## build the documentation in site/; warnings are errors
+	$(BIN)/python scripts/make_settings.py
+	$(BIN)/mkdocs build --strict
+
+docs-serve: .venv/dev  ## show the documentation at http://127.0.0.1:8000 while you write
+	$(BIN)/mkdocs serve
 
 lint: .venv/dev  ## style and types
 	$(BIN)/ruff check .

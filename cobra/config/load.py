@@ -12,13 +12,13 @@ from cobra.config.checks import weight_format
 class LoadConfig:
     """A model, and where and how it runs."""
 
-    load: str  # what cobra.load takes; `model=...` on the command line
-    device: str = "auto"
-    dtype: str = "float32"
-    quantize: str | None = None  # a name in QUANTIZED: weights of fewer bits, as cobra.load takes them
-    ops: str = "auto"  # as parallel.ops
-    vision: Any = None  # a mapping or a YAML file, as cobra.load takes them
-    llm: Any = None
+    load: str  # a run or model folder, or whatever else `cobra.load` takes; on the command line `model=...`
+    device: str = "auto"  # "cpu" | "cuda" | "auto": a GPU where there is one
+    dtype: str = "float32"  # of weights: "float32" | "bfloat16"
+    quantize: str | None = None  # "int8" | "int4": weights of fewer bits
+    ops: str = "auto"  # kernels, as `parallel.ops` in training
+    vision: Any = None  # a mapping or a YAML file that replaces the model's own settings, as `cobra.load` takes it
+    llm: Any = None  # likewise, of the language model
 
     def __post_init__(self) -> None:
         weight_format(self.dtype, self.quantize)
