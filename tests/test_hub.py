@@ -279,6 +279,31 @@ def test_pushed_models_load_again(
         vlm.push_to_hub("me/mine")
 
 
+@pytest.fixture
+def sharded(small_model: CobraVLM, tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    """A model in Hugging Face's form; written before the Hub is replaced, which transformers looks at."""
+    pytest.importorskip("transformers")
+    from cobra.integrations.hf.export import write_hugging_face
+
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    write_hugging_face(small_model, tokenizer.file, folder, shard_size="200KB")
+    return folder
+
+
+def test_shards_are_fetched_with_their_index(sharded: Path, stand_in: Hub, small_model: CobraVLM) -> None:
+    stand_in.add("me/mine", "other/model-1.safetensors", "other/tokenizer.json")
+    for name, inside in (("me/mine", ""), ("me/mine/large", "large/")):
+        shutil.copytree(sharded, stand_in.root / name, dirs_exist_ok=True)
+        stand_in.downloads.clear()
+        vlm = cobra.load(name, device="cpu")
+        for key, tensor in small_model.state_dict().items():
+            assert torch.equal(tensor, vlm.model.state_dict()[key])
+        shards = {path.name for path in sharded.glob("model-0*.safetensors")}
+        wanted = {*shards, "config.json", "tokenizer.json", "model.safetensors.index.json"}
+        assert len(shards) > 1 and set(stand_in.downloads) == {inside + file for file in wanted}
+
+
 def test_every_public_id_describes_a_model(tmp_path: Path) -> None:
     for vision_id in VISION:
         for llm_id in LLMS:
