@@ -158,6 +158,14 @@ def test_what_is_nowhere_is_explained(stand_in: Hub, tmp_path: Path) -> None:
     assert not stand_in.cache.exists()
 
 
+def test_nearest_folder_is_named(stand_in: Hub, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    for name in ("tinny", "far/away"):
+        with pytest.raises(CheckpointError, match="no run or model folder at ") as caught:
+            cobra.load(tmp_path / "runs" / name)
+        assert ("Did you mean 'tiny'?" in str(caught.value)) == (name == "tinny")
+
+
 def test_machine_without_network_is_told_so_at_once(tmp_path: Path) -> None:
     """The real library, asking a port where nobody listens: some of its calls try again for half a minute."""
     script = (
