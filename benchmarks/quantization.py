@@ -7,8 +7,8 @@
 Against the float32 weights: `KL` is the Kullback-Leibler divergence of the next token's distribution (mean and 99th
 percentile, in nats, over every position of some prompts, which follow images if there is a benchmark), `same` the share
 of positions whose likeliest token is the same, `accuracy` the benchmark's on its first rows. `MB` is what one token
-reads: the language model without the embedding's table. tokens/s is from the median step of one row; ways take turns;
-`x` is the multiple of float32.
+reads: the language model without the embedding's table. tokens/s is from the median step of one row, on a GPU a CUDA
+graph as in generation; ways take turns; `x` is the multiple of float32.
 
 `torchao` is that library's weight-only int8 (a scale per row) and int4 (groups of 64) in our modules, where it is
 installed. Random weights have nothing to say: their KL orders ways, no more.
@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from step_cases import as_graph
 from torch import Tensor, nn
 
 import cobra
@@ -176,12 +177,16 @@ def difference(before: list[Tensor], after: list[Tensor]) -> tuple[float, float,
     return divergences.mean().item(), divergences.quantile(0.99).item(), same.float().mean().item()
 
 
-def stepper(llm: MambaLM) -> Callable[[], Tensor]:
+def stepper(llm: MambaLM) -> Callable[[], object]:
     """Decode one token of one row."""
     device = llm.backbone.embedding.weight.device
     _, state = llm(llm.embed(torch.zeros(1, 8, dtype=torch.int64, device=device)))
     token = torch.ones(1, dtype=torch.int64, device=device)
-    return lambda: llm.head(llm.step(token, state)[0])
+
+    def step() -> tuple[Tensor]:
+        return (llm.head(llm.step(token, state)[0]),)
+
+    return as_graph(step) if device.type == "cuda" else step
 
 
 def take_turns(ways: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:

@@ -62,7 +62,9 @@ def convert(
     if results is not None and to != "hf":
         raise ConfigError(f"results go into the model card of to=hf; they have no effect on to={to}. Leave them out.")
     if target.exists() and not overwrite:
-        raise CheckpointError(f"{target} exists; choose another target, or ask for it to be overwritten.")
+        raise CheckpointError(
+            f"{target} exists; choose another target, or replace it with --overwrite (overwrite=True)."
+        )
     check_replaceable(target, Path(source))
     if results is not None:
         _check_results(results, source, vision, llm)

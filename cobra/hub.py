@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from cobra.config import nearest
 from cobra.errors import CheckpointError, ConfigError, DataError
 
 WEIGHTS_VARIABLE = "COBRA_WEIGHTS"  # names a folder that is searched before the Hub
@@ -124,14 +125,23 @@ def resolve_model(name: str | Path) -> Path:
     if found is not None:
         return found
     path, parts = Path(name).expanduser().absolute(), str(name).split("/")
+    beside = _nearest_beside(path) if len(parts) > 1 else ""
     if not _is_hub_id("/".join(parts[:2])) or len(parts) > 3:
-        raise CheckpointError(f"There is no run or model folder at {path}; train one, or check the path.")
+        raise CheckpointError(f"There is no run or model folder at {path}; train one, or check the path.{beside}")
     inside = "/".join(parts[2:])
     prefix = f"{inside}/" if inside else ""
     try:
         return _download("/".join(parts[:2]), "model", lambda files: _model_files(files, prefix)) / inside
     except CheckpointError as error:
-        raise CheckpointError(f"There is no run or model folder at {path}, and: {error}") from None
+        raise CheckpointError(f"There is no run or model folder at {path}.{beside} And: {error}") from None
+
+
+def _nearest_beside(path: Path) -> str:
+    """Return ` Did you mean '...'?` for the folder beside a missing one with the most similar name."""
+    try:
+        return nearest(path.name, [one.name for one in path.parent.iterdir() if one.is_dir()])
+    except OSError:  # its parent is not there, or may not be read
+        return ""
 
 
 def local_model(name: str | Path) -> Path | None:
@@ -298,10 +308,12 @@ def _download(name: str, setting: str, choose: Callable[[list[str]], list[str]])
     except CheckpointError:
         raise
     except Exception as error:
-        failure = "does not give it" if isinstance(error, HfHubHTTPError) else "cannot be reached"
+        refused = isinstance(error, HfHubHTTPError)
+        failure = "does not give it" if refused else "cannot be reached"
+        login = "If it is private or gated, log in with `hf auth login`. " if refused else ""
         raise CheckpointError(
             f"{setting}={name}: not on this machine, and the Hugging Face Hub {failure} ({_first_line(error)}). "
-            f"{remedy}"
+            f"{login}{remedy}"
         ) from None
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,13 @@ def total_memory(device: torch.device) -> int:
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
     text = limit.read_text().strip() if limit.is_file() else "max"
     return min(memory, int(text)) if text.isdecimal() else memory
+
+
+def require(user: str, *packages: str, extra: str) -> None:
+    """Raise ConfigError unless the packages of an extra are installed, without importing them."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{user} needs {' and '.join(missing)}: pip install 'cobra-vlm[{extra}]'")
 
 
 def setup_logging(rank: int = 0) -> None:

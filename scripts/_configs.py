@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import logging
+import sys
 from pathlib import Path
 
 from hydra.core.config_search_path import ConfigSearchPath
@@ -25,6 +26,12 @@ class OwnConfigs(SearchPathPlugin):
             search_path.prepend("--config-dir", f"file://{self.first.resolve()}")
         if OWN.is_dir() and OWN.resolve() != CONFIGS:
             search_path.append("configs", f"file://{OWN.resolve()}")
+
+
+def find_own_modules() -> None:
+    """Let a config of the user's own name a class in a module beside its folder: `_target_: module.Class`."""
+    if OWN.is_dir():
+        sys.path.append(str(Path.cwd()))  # behind everything that is installed
 
 
 def find_own_configs(config_dir: str | None) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import _submitit
 import hydra
-from _configs import CONFIGS, find_own_configs, groups
+from _configs import CONFIGS, find_own_configs, find_own_modules, groups
 from _ranks import watch_parent
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
@@ -46,6 +46,15 @@ _SYNONYMS = {"evaluate": {"benchmark.limit": "limit", "benchmark.subset": "subse
 # What makes a config with mandatory choices compose when only its keys matter.
 _SOME_CHOICE = {"evaluate": ["benchmark=easyvqa"], "score": ["benchmark=gqa"]}
 
+# What to do when memory runs out.
+_LESS_MEMORY = {
+    "pretrain": "Lower train.per_device_batch_size, which leaves the global batch as it is, or see "
+    "docs/training.md#memory for what else saves memory.",
+    "prepare": "Lower jobs.",
+    "score": "Close other programs.",
+}
+_LESS_OF_A_MODEL = "Choose dtype=bfloat16, quantize=int8 or int4, or another device."
+
 NINE: tuple[str, ...] = (
     "vqav2",
     "gqa",
@@ -61,6 +70,7 @@ def launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     """Run `main(composed config)` for the command line; every error of Cobra's or Hydra's ends in one clear line."""
     watch_parent()
     _setup_logging()
+    find_own_modules()
     rerun = _take_option("--rerun") if config_name in ("pretrain", "evaluate") else None
     for alias, name in (_ALIASES.get(config_name, {}) | _SYNONYMS.get(config_name, {})).items():
         sys.argv[1:] = [_renamed(argument, alias, name) for argument in sys.argv[1:]]
@@ -146,6 +156,10 @@ def _errors_in_one_line(config_name: str) -> Iterator[None]:
     except Exception as error:
         if _submitit.is_about_a_job(error):
             _fail(_submitit.explain(error))
+        from cobra.eval.memory import first_line, is_out_of_memory
+
+        if is_out_of_memory(error):
+            _fail(f"The memory is too small: {first_line(error)} {_LESS_MEMORY.get(config_name, _LESS_OF_A_MODEL)}")
         if not _is_one_of_several():
             raise
         traceback.print_exc()
@@ -292,12 +306,25 @@ def _check_command_line(config_name: str, names: list[str]) -> tuple[list[str], 
                 composed = hydra.compose(config_name, overrides=[*others, benchmark])
                 benchmarks.append(OmegaConf.to_container(composed.benchmark, resolve=True))
         swept = [(override.input_line or "").split("=", 1)[0] for override in parsed if override.is_sweep_override()]
+        if arguments.multirun and config_name == "evaluate":
+            _check_outputs(parsed, swept)
         return swept, benchmarks
     except MissingConfigException as error:
         _fail(_explain_missing(error))
     except HydraException as error:
         hint = f" ({benchmark}: settings go to each of the benchmarks.)" if benchmark else ""
         _fail(_explain_override(str(error), config_name, benchmark) + hint)
+
+
+def _check_outputs(parsed: list[Override], swept: list[str]) -> None:
+    """Refuse a folder that all evaluations of a sweep would share: the second would find the first one's answers."""
+    outputs = [text for override in parsed if (text := override.input_line or "").startswith("output=")]
+    if swept and "output" not in swept and outputs and "${" not in outputs[-1]:
+        _fail(
+            f"{outputs[-1]} is one folder for all evaluations of this sweep, and each needs its own. Leave it out for "
+            "results/<benchmark>/<model>, or name what is swept in it, such as 'output=OUT/${benchmark.name}'; several "
+            "benchmarks without --multirun get folders below it."
+        )
 
 
 def _check_added_key(override: str) -> None:

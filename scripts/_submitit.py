@@ -11,6 +11,8 @@ from pathlib import Path
 
 from cobra.errors import CobraError, Interrupted
 
+_NO_SLURM = 'Could not detect "srun"'  # a plain RuntimeError of submitit's
+
 
 def let_jobs_import_scripts() -> None:
     """A job gets its task pickled and has to find the modules that it names, such as `_launch`."""
@@ -58,12 +60,17 @@ def errors_in_log() -> Iterator[None]:
 
 
 def is_about_a_job(error: Exception) -> bool:
-    """Whether submitit itself reports that a job has ended without a result, killed for example."""
-    return type(error).__module__.startswith("submitit.")
+    """Whether submitit itself reports that a job has ended without a result, killed for example, or cannot be had."""
+    return type(error).__module__.startswith("submitit.") or _NO_SLURM in str(error)
 
 
 def explain(error: Exception) -> str:
     """Return submitit's report in one line, with the place of the job's log."""
+    if _NO_SLURM in str(error):
+        return (
+            "hydra/launcher=submitit_slurm needs SLURM, and there is no srun here. Start it on a login node of the "
+            "cluster, or choose hydra/launcher=submitit_local."
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     logs = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
     return f"A job of the sweep has failed: {lines[0]} {' '.join(logs[:1])}"

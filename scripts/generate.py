@@ -32,14 +32,7 @@ def main(typed: dict[str, str], cfg: DictConfig) -> None:
 
     logging.getLogger("cobra").setLevel(logging.WARNING)  # which kernels are used is no part of a chat
     with use_backend(config.ops):
-        vlm = cobra.load(
-            config.load,
-            device=config.device,
-            dtype=config.dtype,
-            quantize=config.quantize,
-            vision=config.vision,
-            llm=config.llm,
-        )
+        vlm = cobra.load(config.load, **config.load_options)
         chat = TerminalChat(vlm, config)
         if config.prompt is None:
             sys.exit(chat.run())

@@ -1,20 +1,15 @@
 """Serve a model with OpenAI's chat interface. See `python scripts/serve.py --help`."""
 
-from importlib.util import find_spec
-
 from _launch import launch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 
 def main(cfg: DictConfig) -> None:
     from cobra.config import ServeConfig, as_config
-    from cobra.errors import ConfigError
+    from cobra.runtime import require
 
-    OmegaConf.set_struct(cfg, False)
     config = as_config(ServeConfig, cfg)
-    missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"The server needs {' and '.join(missing)}: pip install 'cobra-vlm[serve]'")
+    require("The server", "fastapi", "uvicorn", extra="serve")
 
     from cobra.serve.run import serve
 

@@ -22,8 +22,10 @@ from cobra.config.journeys import (
     ValidationConfig,
     WandbConfig,
 )
+from cobra.config.load import LoadConfig
 from cobra.config.model import (
     PROJECTOR_KINDS,
+    QUESTION_SLOT,
     RESIZE_STRATEGIES,
     LLMConfig,
     ModelConfig,
@@ -47,6 +49,7 @@ __all__ = [
     "LORA_TARGETS",
     "PROJECTOR_KINDS",
     "QUANTIZED",
+    "QUESTION_SLOT",
     "RESIZE_STRATEGIES",
     "STAGES",
     "SUBSETS",
@@ -58,6 +61,7 @@ __all__ = [
     "EvaluateConfig",
     "GenerateConfig",
     "LLMConfig",
+    "LoadConfig",
     "LoraConfig",
     "ModelConfig",
     "ParallelConfig",

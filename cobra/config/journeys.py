@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from cobra.config.checks import not_negative, one_of, positive, weight_format
+from cobra.config.checks import not_negative, one_of, positive
+from cobra.config.load import LoadConfig
 from cobra.config.model import ModelConfig
 from cobra.config.train import DataConfig, ParallelConfig, TrainConfig
 from cobra.errors import ConfigError
@@ -17,9 +18,9 @@ SUBSETS = {"smoke": 50, "lite": 500, "medium": 2500}  # of a benchmark: whole im
 class WandbConfig:
     """Weights & Biases."""
 
-    project: str = "cobra"
-    entity: str | None = None
-    mode: str = "auto"
+    project: str = "cobra"  # name of the project there
+    entity: str | None = None  # user or team; null: the one that is logged in
+    mode: str = "auto"  # "online" | "offline" | "auto": offline when nobody is logged in
 
     def __post_init__(self) -> None:
         one_of("tracker.wandb.mode", self.mode, ("auto", "online", "offline"))
@@ -29,24 +30,24 @@ class WandbConfig:
 class TrackerConfig:
     """Where metrics go besides metrics.jsonl."""
 
-    wandb: WandbConfig | None = None
+    wandb: WandbConfig | None = None  # null: not used; `tracker=wandb` fills it
 
 
 @dataclass(frozen=True, kw_only=True)
 class PathsConfig:
     """Folders."""
 
-    data: str = "data"
-    runs: str = "runs"
-    results: str = "results"
+    data: str = "data"  # of data sets and benchmarks; also `data_root=...`, except in training
+    runs: str = "runs"  # of run folders
+    results: str = "results"  # of evaluations
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Name and seed of a run."""
 
-    name: str
-    seed: int = 0
+    name: str  # the run folder is this one below `paths.runs`
+    seed: int = 0  # of fresh weights, the order of the data and dropout
 
     def __post_init__(self) -> None:
         if "\\" in self.name or {"", ".", "..", "model", "checkpoints"} & set(self.name.split("/")):
@@ -58,10 +59,10 @@ class RunConfig:
 class ValidationConfig:
     """A benchmark that is asked during training."""
 
-    every: int | None = None  # steps; null: never
+    every: int | None = None  # steps between two validations; null: none
     limit: int | None = 256  # questions, always the same ones; null: all
-    batch_size: int = 64  # questions asked at once, per device
-    benchmark: dict[str, Any] = field(default_factory=dict[str, Any])  # a file of configs/benchmark
+    batch_size: int = 64  # questions at once, per device
+    benchmark: dict[str, Any] = field(default_factory=dict[str, Any])  # `benchmark@validation.benchmark=NAME`
 
     def __post_init__(self) -> None:
         for key in ("every", "limit", "batch_size"):
@@ -81,34 +82,27 @@ class PretrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    init_from: str | None = None
-    resume: str = "auto"  # "never" refuses an existing run | "anyway" goes on with other settings than it had
+    init_from: str | None = None  # a run or model folder whose weights the run starts from
+    resume: str = "auto"  # "auto": go on where it stopped | "never": refuse an old run | "anyway": with other settings
 
     def __post_init__(self) -> None:
         one_of("resume", self.resume, ("auto", "never", "anyway"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(LoadConfig):
     """Everything that `scripts/evaluate.py` needs besides the benchmark."""
 
     paths: PathsConfig
-    load: str  # what cobra.load takes; `model=...` on the command line
-    batch_size: int | None = None  # questions at once; null: what fits into memory
-    limit: int | None = None
-    subset: str | None = None  # a name in SUBSETS
-    device: str = "auto"
-    dtype: str = "float32"
-    quantize: str | None = None  # a name in QUANTIZED: weights of fewer bits, as cobra.load takes them
-    ops: str = "auto"  # as parallel.ops
-    output: str | None = None
+    batch_size: int | None = None  # questions at once; null: what fits into memory. Halved when it does not
+    limit: int | None = None  # first questions of one fixed shuffled order; null: all
+    subset: str | None = None  # "smoke" | "lite" | "medium": whole images with 50 | 500 | 2500 questions of each part
+    output: str | None = None  # folder; null: `results/BENCHMARK/MODEL`
     processes: int | None = None  # started on this machine; null: one per GPU. Ignored below torchrun and SLURM
-    on_missing: str = "error"  # images: "error" | "skip"
-    vision: Any = None  # a mapping or a YAML file, as cobra.load takes them
-    llm: Any = None
+    on_missing: str = "error"  # images that are not there: "error" | "skip": leave out and list their questions
 
     def __post_init__(self) -> None:
-        weight_format(self.dtype, self.quantize)
+        super().__post_init__()
         one_of("on_missing", self.on_missing, ("error", "skip"))
         if self.subset is not None:
             one_of("subset", self.subset, SUBSETS)
@@ -122,19 +116,19 @@ class ScoreConfig:
     """Everything that `scripts/score.py` needs besides the benchmark."""
 
     paths: PathsConfig
-    predictions: str  # a file of JSON lines
-    output: str | None = None  # a folder
-    allow_partial: bool = False
+    predictions: str  # JSON lines with `question_id` and `prediction` or `probabilities`
+    output: str | None = None  # folder for scores.jsonl and results.json; null: write nothing
+    allow_partial: bool = False  # score what is there when ids are missing, doubled or unknown
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnDataConfig:
     """A user's own annotation file and images."""
 
-    annotations: str | None = None  # .json, .jsonl or .csv
-    images: str | None = None  # folder
-    name: str = "mine"
-    config: str | None = None  # YAML file to write; null: configs/data/<name>.yaml
+    annotations: str | None = None  # .json, .jsonl or .csv file
+    images: str | None = None  # folder of the images that it names
+    name: str = "mine"  # of the data set: train with `data=mine`
+    config: str | None = None  # YAML file to write; null: `configs/data/NAME.yaml`
 
     def __post_init__(self) -> None:
         if (self.annotations is None) != (self.images is None):
@@ -146,16 +140,16 @@ class PrepareConfig:
     """Everything that `scripts/prepare.py` needs."""
 
     paths: PathsConfig
-    sets: list[str] = field(default_factory=list[str])  # names of manifests; `data=...` on the command line
+    sets: list[str] = field(default_factory=list[str])  # training sets; on the command line `data=...`, also `data=all`
     benchmarks: list[str] = field(default_factory=list[str])  # likewise, `benchmark=...`
-    dry_run: bool = False
-    check: Any = False  # False | True | "full"
-    repair: bool = False
-    index: bool = True
-    tokenizer: str | None = "EleutherAI/gpt-neox-20b"  # of the lengths in a report
-    keep_archives: bool = True
-    jobs: int = 4
-    connections: int = 4
+    dry_run: bool = False  # print what would be fetched, from where, how large; also `--dry-run`
+    check: Any = False  # only look: "true": files, sizes, image headers | "full": decode every image
+    repair: bool = False  # extract and convert again what a check found broken
+    index: bool = True  # make the memory-mapped index of a training set, which training would make otherwise
+    tokenizer: str | None = "EleutherAI/gpt-neox-20b"  # counts the tokens in the report; null: they are not counted
+    keep_archives: bool = True  # false: delete an archive when it is extracted
+    jobs: int = 4  # files downloaded at once; processes that extract, convert and check
+    connections: int = 4  # for each large file
     own: OwnDataConfig = field(default_factory=OwnDataConfig)
 
     def __post_init__(self) -> None:
@@ -168,21 +162,14 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskConfig:
-    """What `scripts/generate.py` and `scripts/demo.py` share: a model, and where it runs."""
+class AskConfig(LoadConfig):
+    """What `scripts/generate.py` and `scripts/demo.py` share."""
 
-    load: str  # what cobra.load takes; `model=...` on the command line
-    device: str = "auto"
-    dtype: str = "float32"
-    quantize: str | None = None  # a name in QUANTIZED: weights of fewer bits, as cobra.load takes them
-    ops: str = "auto"  # as parallel.ops
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    vision: Any = None  # a mapping or a YAML file, as cobra.load takes them
-    llm: Any = None
+    max_new_tokens: int = 128  # limit of an answer
+    temperature: float = 0.0  # 0: the likeliest token each time; above: tokens are drawn
 
     def __post_init__(self) -> None:
-        weight_format(self.dtype, self.quantize)
+        super().__post_init__()
         positive("max_new_tokens", self.max_new_tokens)
         not_negative("temperature", self.temperature)
 
@@ -191,24 +178,24 @@ class AskConfig:
 class GenerateConfig(AskConfig):
     """Everything that `scripts/generate.py` needs."""
 
-    image: str | None = None  # path or URL
-    prompt: str | None = None  # None: a chat
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    stop: list[str] = field(default_factory=list[str])
-    history: str | None = None  # file of the questions typed before
+    image: str | None = None  # path or URL; null: text alone. Taken as typed, without quotes for Hydra
+    prompt: str | None = None  # one question, whose answer is printed, taken as typed; null: a chat
+    top_k: int = 0  # draw from so many likeliest tokens; 0: all
+    top_p: float = 1.0  # draw from the smallest set with this probability
+    min_p: float = 0.0  # draw from tokens at least this many times as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1: words of the turn's own question and answer become less likely
+    seed: int = 0  # of the first answer's draws; the next answer has the next seed
+    stop: list[str] = field(default_factory=list[str])  # strings that end an answer
+    history: str | None = None  # file of the questions typed in a terminal, for the arrow keys; null: not kept
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoPromptsConfig:
     """What is asked for `{question}` on each page of the demo."""
 
-    short: str
-    judge: str
-    box: str
+    short: str  # for a short answer
+    judge: str  # for a statement that is true or false
+    box: str  # for the place of what is described
 
     def __post_init__(self) -> None:
         for key in ("short", "judge", "box"):
@@ -221,10 +208,10 @@ class DemoConfig(AskConfig):
     """Everything that `scripts/demo.py` needs."""
 
     prompts: DemoPromptsConfig
-    host: str = "127.0.0.1"
+    host: str = "127.0.0.1"  # "0.0.0.0": reachable from other machines
     port: int = 7860  # 0: any that is free
-    share: bool = False
-    max_image_mb: int = 20
+    share: bool = False  # a public address of Gradio's for 72 hours, through its servers
+    max_image_mb: int = 20  # of an uploaded file
 
     def __post_init__(self) -> None:
         super().__post_init__()

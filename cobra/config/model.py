@@ -11,17 +11,19 @@ from cobra.errors import ConfigError
 
 RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 PROJECTOR_KINDS = ("linear", "gelu-mlp", "fused-gelu-mlp", "ldpv2", "fused-ldpv2")
+PROMPT_FORMATS = ("zephyr", "mamba")
+QUESTION_SLOT = "{question}"  # of a prompt format that is a template
 
 
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
     """One vision transformer of timm."""
 
-    timm: str  # name for timm.create_model
-    image_size: int  # pixels
+    timm: str  # architecture, and tag of its weights, for `timm.create_model`
+    image_size: int  # pixels of a side
     layer: int = -2  # block whose output is taken, Python indexing; -2: the second-to-last
     ignore_rest: bool = False  # the patch size need not divide image_size: what is left over at two sides goes unseen
-    args: dict[str, Any] = field(default_factory=dict[str, Any])  # further arguments of timm.create_model
+    args: dict[str, Any] = field(default_factory=dict[str, Any])  # further arguments of `timm.create_model`
     weights: str = "timm"  # "timm": its published weights | "random" | a weight file, folder or Hub id
 
     def __post_init__(self) -> None:
@@ -47,8 +49,8 @@ class TowerConfig:
 class VisionConfig:
     """The vision encoder: one or several towers over the same image, features joined on the channel axis."""
 
-    towers: list[TowerConfig]
-    resize: str = "resize-naive"
+    towers: list[TowerConfig]  # over the same image; their features are joined
+    resize: str = "resize-naive"  # to a square: "resize-naive" squeezes | "resize-crop" cuts | "letterbox" pads
 
     def __post_init__(self) -> None:
         one_of("model.vision.resize", self.resize, RESIZE_STRATEGIES)
@@ -60,7 +62,7 @@ class VisionConfig:
 class ProjectorConfig:
     """The map from vision features to image tokens."""
 
-    kind: str
+    kind: str  # "linear" | "gelu-mlp" | "fused-gelu-mlp" | "ldpv2" | "fused-ldpv2"
     expansion: int = 4  # hidden width of the fused kinds, in multiples of the vision width
     grid: int | None = None  # side of the square of image tokens that the ldpv2 kinds make; null: half the patches'
 
@@ -75,22 +77,25 @@ class ProjectorConfig:
 class LLMConfig:
     """A Mamba-1 language model with its tokenizer and prompt format."""
 
-    d_model: int
-    num_layers: int
-    vocab_size: int
+    d_model: int  # width of the residual stream
+    num_layers: int  # Mamba blocks
+    vocab_size: int  # tokens that the weights know; rows of the embedding are rounded up
     tokenizer: str  # tokenizer.json, or a folder or Hub id with one; "cobra:..." is a file of this package
-    prompt: str  # "zephyr" (chat) | "mamba" (base)
-    d_state: int = 16
-    d_conv: int = 4
-    expand: int = 2
-    dt_rank: int | None = None  # null: d_model / 16, rounded up
-    norm_eps: float = 1e-5
-    pad_vocab_multiple: int = 8
+    prompt: str  # "zephyr" (chat) | "mamba" (base) | a template of one's own, such as "Q: {question}\nA: "
+    d_state: int = 16  # state of each channel
+    d_conv: int = 4  # width of the causal convolution
+    expand: int = 2  # width inside a block, in multiples of d_model
+    dt_rank: int | None = None  # rank of the step-size projection; null: d_model / 16, rounded up
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    pad_vocab_multiple: int = 8  # rows of the embedding are a multiple of it
     weights: str = "random"  # "random" | a weight file, folder or Hub id, of any layout
     init: str = "mamba"  # fresh weights: "mamba" (its authors') | "small" (small models trained from scratch)
 
     def __post_init__(self) -> None:
-        one_of("model.llm.prompt", self.prompt, ("zephyr", "mamba"))
+        if self.prompt.count(QUESTION_SLOT) > 1:
+            raise ConfigError(f"model.llm.prompt={self.prompt!r} must hold {QUESTION_SLOT} once.")
+        if QUESTION_SLOT not in self.prompt:
+            one_of("model.llm.prompt", self.prompt, PROMPT_FORMATS)
         one_of("model.llm.init", self.init, ("mamba", "small"))
         for key in ("d_model", "num_layers", "vocab_size", "d_state", "d_conv", "expand", "pad_vocab_multiple"):
             positive(f"model.llm.{key}", getattr(self, key))
@@ -118,7 +123,7 @@ class LLMConfig:
 class ModelConfig:
     """All that is needed to build the model again: saved beside the weights as plain data."""
 
-    name: str
+    name: str  # of the model
     vision: VisionConfig
     projector: ProjectorConfig
     llm: LLMConfig

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
 
-from cobra.config.checks import not_negative, positive, weight_format
+from cobra.config.checks import not_negative, positive
+from cobra.config.load import LoadConfig
 from cobra.errors import ConfigError
 
 _OTHER_NUMBERS = {"port", "temperature"}  # all others must be greater than 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig:
+class ServeConfig(LoadConfig):
     """Everything that `scripts/serve.py` needs."""
 
-    load: str  # what cobra.load takes; `model=...` on the command line
-    name: str | None = None  # what clients call the model; None: its own name
-    host: str = "127.0.0.1"
-    port: int = 8000  # 0: any free one
-    api_key: str | None = None  # clients must send it; None: anyone may ask
+    name: str | None = None  # what clients call the model; null: its own name
+    host: str = "127.0.0.1"  # "0.0.0.0": reachable from other machines
+    port: int = 8000  # 0: any that is free
+    api_key: str | None = None  # clients must send it; null: anyone may ask
     cors_origins: list[str] = field(default_factory=list[str])  # web pages that may ask, such as "https://example.org"
-    device: str = "auto"
-    dtype: str = "float32"
-    quantize: str | None = None  # "int8" | "int4": weights of fewer bits, as cobra.load takes them
-    ops: str = "auto"  # as parallel.ops
-    vision: Any = None  # a mapping or a YAML file, as cobra.load takes them
-    llm: Any = None
 
     temperature: float = 0.0  # where a client sends none
     default_tokens: int = 512  # limit of an answer where a client sends none
     max_tokens: int = 4096  # the highest limit that a client may send
     max_prompt_tokens: int = 8192  # images included
-    max_choices: int = 8  # answers to one request, `n`
+    max_choices: int = 8  # answers to one request, its `n`
 
     max_rows: int = 64  # answers that are generated at once
     max_waiting: int = 256  # answers that wait for their turn; more are refused with 429
@@ -40,17 +33,17 @@ class ServeConfig:
     body_timeout: float = 30.0  # seconds of them in which its body must arrive
     shutdown_timeout: float = 30.0  # seconds that running answers get to end when the server is stopped
 
-    max_messages: int = 256
-    max_body_bytes: int = 32 * 2**20
+    max_messages: int = 256  # of one request
+    max_body_bytes: int = 32 * 2**20  # of one request, images included
     max_images: int = 8  # of one request
     max_image_bytes: int = 16 * 2**20  # of a file
-    max_image_pixels: int = 40_000_000
-    image_urls: bool = True  # fetch http(s) addresses; False: only images inside requests
+    max_image_pixels: int = 40_000_000  # of an image
+    image_urls: bool = True  # fetch http(s) addresses; false: only images inside requests
     allow_private_images: bool = False  # fetch from this machine and its own network, too
     image_timeout: float = 15.0  # seconds to fetch an image
 
     def __post_init__(self) -> None:
-        weight_format(self.dtype, self.quantize)
+        super().__post_init__()
         not_negative("temperature", self.temperature)
         if not 0 <= self.port < 2**16:
             raise ConfigError(f"port={self.port} must be from 0, which is any free one, to 65535.")

@@ -18,8 +18,8 @@ class DataSetConfig:
     Its share is given by `epochs` or by `weight`; with neither, all its rows are seen once per epoch of the mixture.
     """
 
-    annotations: str
-    images: str
+    annotations: str  # LLaVA-format .json or .jsonl
+    images: str  # folder that the rows' image paths start from
     epochs: float | None = None  # times that its rows are seen in one epoch of the mixture; 0.5: every second row
     weight: float | None = None  # share of the mixture's rows, relative to the other weights
 
@@ -35,10 +35,10 @@ class DataSetConfig:
 class DataConfig:
     """The training data: one data set (`annotations` and `images`), or a mixture of several (`mix`)."""
 
-    name: str
+    name: str  # of the data set, in reports
     annotations: str | None = None  # LLaVA-format .json or .jsonl
     images: str | None = None  # folder that the rows' image paths start from
-    mix: dict[str, DataSetConfig] = field(default_factory=dict[str, DataSetConfig])
+    mix: dict[str, DataSetConfig] = field(default_factory=dict[str, DataSetConfig])  # several data sets, by name
     index: str = "data/index"  # folder for the memory-mapped indexes that are made of annotation files
     source: str | None = None  # "easyvqa" (a PyPI package) | "toy" (rendered): made when the annotations are not there
     rows_per_image: int = 1  # rows of the same image that share one reading of it in a step
@@ -70,10 +70,10 @@ class DataConfig:
 class LoraConfig:
     """Low-rank adapters on the language model's projections (Hu et al. 2021, arXiv:2106.09685)."""
 
-    rank: int = 16
+    rank: int = 16  # of the adapters
     alpha: float = 32.0  # the adapters' output is scaled by alpha / rank
     dropout: float = 0.0  # of the adapters' input
-    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))  # projections that are adapted
 
     def __post_init__(self) -> None:
         positive("train.lora.rank", self.rank)
@@ -90,28 +90,28 @@ class LoraConfig:
 class TrainConfig:
     """One training stage. Batch sizes count images (each with up to `data.rows_per_image` rows) or text-only rows."""
 
-    stage: str  # align: projector | finetune: projector + llm | full-finetune: everything
-    global_batch_size: int
+    stage: str  # what learns: "align": projector | "finetune": projector and llm | "full-finetune": everything
+    global_batch_size: int  # images (or rows of text alone) of one step, over all devices
     per_device_batch_size: int  # of a micro-batch; a step accumulates global / per-device of them
-    learning_rate: float
-    epochs: float | None = None
-    max_steps: int | None = None  # wins over epochs
-    weight_decay: float = 0.0
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    warmup_ratio: float = 0.03
-    max_grad_norm: float = 1.0
+    learning_rate: float  # the highest one, after the warmup; then it falls along a cosine
+    epochs: float | None = None  # times that the data is seen
+    max_steps: int | None = None  # steps; wins over epochs
+    weight_decay: float = 0.0  # of AdamW; none on biases, norms, `A_log` and `D`
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of AdamW
+    warmup_ratio: float = 0.03  # part of the steps in which the learning rate rises
+    max_grad_norm: float = 1.0  # a longer gradient is shortened to it
     global_batch_tokens: int | None = None  # a budget of image and text tokens; wins over global_batch_size
     per_device_batch_tokens: int | None = None  # of a micro-batch, padding included
     group_by_length: bool = True  # batches of rows of similar length: less padding
-    log_every: int = 10  # steps
-    save_every: int = 500  # steps
-    keep_checkpoints: int = 2  # the newest ones
-    keep_every: int | None = None  # steps; checkpoints at multiples of it are never removed
-    max_minutes: float | None = None  # save and leave after so long, to be started again
-    max_skipped_steps: int = 10  # in a row, whose loss or gradient is not finite, before the run stops
+    log_every: int = 10  # steps between two lines of metrics
+    save_every: int = 500  # steps between two checkpoints
+    keep_checkpoints: int = 2  # how many of the newest stay
+    keep_every: int | None = None  # steps; checkpoints at multiples of it stay for good
+    max_minutes: float | None = None  # save and leave with code 75 after so long; the same command goes on
+    max_skipped_steps: int = 10  # steps in a row whose loss or gradient is not finite, before the run stops
     num_workers: int = 0  # processes that load images, per device
     profile: int | None = None  # steps to profile after the first three
-    lora: LoraConfig | None = None
+    lora: LoraConfig | None = None  # adapters instead of the whole language model; `train=lora` fills it
 
     def __post_init__(self) -> None:
         one_of("train.stage", self.stage, STAGES)
@@ -150,15 +150,15 @@ class TrainConfig:
 class ParallelConfig:
     """Where and in which precision the run computes."""
 
-    device: str = "auto"
-    precision: str = "fp32"
-    ops: str = "auto"  # backend of the sequence model's operations, see cobra.ops
+    device: str = "auto"  # "cpu" | "cuda" | "auto": a GPU where there is one
+    precision: str = "fp32"  # of the computation, "fp32" | "bf16"; what learns and the optimizer stay fp32
+    ops: str = "auto"  # kernels: "auto" | "cpu" | "triton" | "mamba_ssm" | "reference", see `python -m cobra.ops`
     processes: int | None = 1  # started on this machine; null: one per GPU. Ignored below torchrun and SLURM
     replicate: int = 1  # copies of the sharded model (HSDP); usually the number of nodes
     reshard: bool = False  # give gathered blocks up after the forward pass: less memory, one more gathering
     shard_frozen: bool = True  # shard the frozen encoders too; false: every device holds them whole
     recompute: int | None = None  # Mamba and ViT blocks computed again in the backward pass: 1 all, k every k-th
-    compile: bool = False  # torch.compile each block
+    compile: bool = False  # `torch.compile` each block
     defer_gradient_sync: bool = True  # sum gradients over ranks once a step; false: each micro-batch, less memory
     peak_tflops: float | None = None  # of one device in `precision`, for MFU; null: known for common GPUs
     timeout_minutes: float = 10.0  # ranks that wait longer for another one stop

@@ -18,7 +18,7 @@ from torch import Tensor
 from cobra.config import DataConfig
 from cobra.data.batch import Example
 from cobra.data.conversations import Row
-from cobra.data.health import usable_rows
+from cobra.data.health import how_to_get, usable_rows
 from cobra.data.index import Index, open_index
 from cobra.data.lengths import text_lengths
 from cobra.data.makers import make_if_missing
@@ -182,6 +182,8 @@ def open_data(
     for name, part in config.sets.items():
         annotations, images = Path(part.annotations).expanduser(), Path(part.images).expanduser()
         make_if_missing(config.source, annotations)
+        if not annotations.exists():
+            raise DataError(f"There is no annotation file {annotations}. {how_to_get(config, 'data.annotations')}")
         index = open_index(annotations, name, Path(config.index))
         if captions_only:
             _check_no_text(index, annotations)

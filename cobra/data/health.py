@@ -12,6 +12,7 @@ import numpy as np
 from cobra.config import DataConfig
 from cobra.data.images import broken_images, missing_images, state_of_images
 from cobra.data.index import Index, found_or_made
+from cobra.data.prepare.manifest import available_manifests
 from cobra.data.report import Report
 from cobra.errors import DataError
 from cobra.runtime import write_text
@@ -38,7 +39,7 @@ def usable_rows(index: Index, name: str, images: Path, num_labels: np.ndarray, c
     """
     names = index.image_names()
     if names and not images.is_dir():
-        raise DataError(f"The image folder {images} does not exist. Check data.images.")
+        raise DataError(f"The image folder {images} does not exist. {how_to_get(config, 'data.images')}")
     bad_images = _bad_images(index, name, names, images, config)
     reasons = np.zeros(len(names) + 1, np.int8)  # of each image; the last one stands for text
     for number, reason in bad_images.items():
@@ -55,6 +56,13 @@ def usable_rows(index: Index, name: str, images: Path, num_labels: np.ndarray, c
     if report.counts:
         _tell(index, name, report, len(used), config)
     return None if len(used) == len(index) else used
+
+
+def how_to_get(config: DataConfig, setting: str) -> str:
+    """Return what to do where files of the data are missing: `setting` names them, unless a command fetches them."""
+    if config.name in available_manifests("training"):
+        return f"Fetch the data with: cobra prepare data={config.name}"
+    return f"Check {setting}."
 
 
 def _example(index: Index, number: int, bad_images: dict[int, str]) -> str:

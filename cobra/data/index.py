@@ -229,7 +229,10 @@ def _build(annotations: Path, name: str, folder: Path, source: dict[str, Any]) -
             for row in rows:
                 sha.update(repr((row.id, row.image, row.turns)).encode())
     if not images:
-        raise DataError(f"{annotations} holds no good row: {report}. Is it in LLaVA's format?")
+        raise DataError(
+            f"{annotations} holds no good row: {report}. Is it in LLaVA's format? Questions and answers become it "
+            "with: cobra prepare own.annotations=FILE own.images=FOLDER"
+        )
     _number_images(images, folder)
     (folder / "report.json").write_text(report.as_json(), encoding="utf-8")
     facts = {**source, "digest": sha.hexdigest()[:16], "report": report.as_dict()}

@@ -14,6 +14,7 @@ from cobra.demo.pictures import draw_box, examples
 from cobra.demo.session import Asker, Visit
 from cobra.errors import CobraError, ConfigError
 from cobra.ops import use_backend
+from cobra.runtime import require
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -34,16 +35,9 @@ def serve(config: DemoConfig) -> None:
     Raises:
         CobraError: gradio is not installed, or the model is missing or broken.
     """
-    _gradio()  # before a model is loaded for nothing
+    require("The demo", "gradio", extra="demo")  # before a model is loaded for nothing
     with use_backend(config.ops):
-        vlm = load(
-            config.load,
-            device=config.device,
-            dtype=config.dtype,
-            quantize=config.quantize,
-            vision=config.vision,
-            llm=config.llm,
-        )
+        vlm = load(config.load, **config.load_options)
         launch(build(vlm, config), config)
 
 
@@ -53,14 +47,15 @@ def launch(page: gr.Blocks, config: DemoConfig, *, wait: bool = True) -> str:
     Raises:
         ConfigError: the port is taken.
     """
-    gr = _gradio()
+    from gradio.themes import Soft
+
     try:
         _, address, _ = page.launch(
             server_name=config.host,
             server_port=config.port,
             share=config.share,
             max_file_size=f"{config.max_image_mb}mb",
-            theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            theme=Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             css=CSS,
             ssr_mode=False,
             prevent_thread_lock=not wait,
@@ -71,12 +66,9 @@ def launch(page: gr.Blocks, config: DemoConfig, *, wait: bool = True) -> str:
 
 
 def build(vlm: Cobra, config: DemoConfig) -> gr.Blocks:
-    """Build the page for a model.
+    """Build the page for a model."""
+    import gradio as gr
 
-    Raises:
-        ConfigError: gradio is not installed.
-    """
-    gr = _gradio()
     asker = Asker(vlm, config.prompts, config.max_new_tokens)
     with gr.Blocks(title=f"Cobra: {vlm.name}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         visit = gr.State(Visit(), time_to_live=SESSION_SECONDS)
@@ -114,7 +106,8 @@ class _Tabs:
         self._settings = settings
 
     def chat(self) -> None:
-        gr = _gradio()
+        import gradio as gr
+
         with gr.Tab("Chat"):
             chatbot = gr.Chatbot(show_label=False, height=430, placeholder="Ask about the image.", buttons=[])
             with gr.Row():
@@ -150,7 +143,8 @@ class _Tabs:
             event(forget, self._shown[0], [chatbot, speed], cancels=[asking], api_visibility="private")
 
     def short(self) -> None:
-        gr = _gradio()
+        import gradio as gr
+
         with gr.Tab("Short answer"):
             question = _question("A question for a word or two")
             ask = gr.Button("Ask", variant="primary")
@@ -173,7 +167,8 @@ class _Tabs:
         )
 
     def judge(self) -> None:
-        gr = _gradio()
+        import gradio as gr
+
         words = self._asker.words()
         if not words:
             return
@@ -193,7 +188,8 @@ class _Tabs:
         gr.on([ask.click, statement.submit], run, [*self._shown, statement, pair], bars, api_name="judge")
 
     def find(self) -> None:
-        gr = _gradio()
+        import gradio as gr
+
         with gr.Tab("Find"):
             phrase = _question("What to find: a phrase")
             ask = gr.Button("Find", variant="primary")
@@ -222,7 +218,9 @@ class _Tabs:
 
 def _read_uploads_only(image: gr.Image) -> None:
     """Check where a file lies before it is opened: Gradio does so only if a client's message says that it is one."""
-    gr, preprocess = _gradio(), image.preprocess
+    import gradio as gr
+
+    preprocess = image.preprocess
     uploads = Path(image.GRADIO_CACHE).resolve()
 
     def checked(payload: Any) -> Any:
@@ -235,13 +233,17 @@ def _read_uploads_only(image: gr.Image) -> None:
 
 
 def _question(placeholder: str) -> gr.Textbox:
-    return _gradio().Textbox(
+    import gradio as gr
+
+    return gr.Textbox(
         placeholder=placeholder, show_label=False, container=False, lines=1, max_lines=4, scale=6, autofocus=True
     )
 
 
 def _asked_as(prompt: str) -> None:
-    _gradio().Markdown(f"The model is asked: `{prompt.replace(chr(10), ' ⏎ ')}`", elem_classes="speed")
+    import gradio as gr
+
+    gr.Markdown(f"The model is asked: `{prompt.replace(chr(10), ' ⏎ ')}`", elem_classes="speed")
 
 
 def _messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
@@ -254,14 +256,7 @@ def _messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 def _say(error: CobraError) -> Any:
     """Show an error above the page, which stays as it is: Gradio's own errors would cover the conversation."""
-    gr = _gradio()
+    import gradio as gr
+
     gr.Warning(str(error))
     return gr.skip()
-
-
-def _gradio() -> Any:
-    try:
-        import gradio
-    except ImportError:
-        raise ConfigError("The demo needs a package that is not installed: pip install 'cobra-vlm[demo]'") from None
-    return gradio

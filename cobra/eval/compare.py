@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from cobra.errors import DataError
-from cobra.eval.evaluations import Run, Scored
+from cobra.eval.evaluations import Run, Scored, shared_questions
 from cobra.eval.markdown import NOTHING, percent, plain, signed, span, table
 from cobra.eval.plots import Bar, plot_models
 from cobra.eval.rules.intervals import holm, interval, sign_flip
@@ -86,15 +86,9 @@ def compare(runs: Sequence[Run], rule: str) -> Comparison:
 def _pair(column: str, first: Run, second: Run) -> list[Pair]:
     """Return the comparison of two runs on a column, or nothing where no question is in common."""
     ours, theirs = first.columns[column], second.columns[column]
-    common = [one for one in ours if one in theirs]
+    common = shared_questions(column, [first, second])
     if not common:
         return []
-    other = next((one for one in common if ours[one].image != theirs[one].image), None)
-    if other is not None:
-        raise DataError(
-            f"{column}, question {other}: {first.name} saw {ours[other].image}, {second.name} saw "
-            f"{theirs[other].image}. They were evaluated on different data."
-        )
     images, parts = [ours[one].image for one in common], [ours[one].part for one in common]
     differences = [theirs[one].score - ours[one].score for one in common]
     before, after = _accuracy([ours[one] for one in common]), _accuracy([theirs[one] for one in common])

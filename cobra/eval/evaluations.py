@@ -56,6 +56,25 @@ def read_runs(names: Sequence[str], results: Path, rule: str) -> list[Run]:
     return runs
 
 
+def shared_questions(column: str, runs: Sequence[Run]) -> list[str]:
+    """Return the ids of the questions of a column that all runs have answered, in the first one's order.
+
+    Raises:
+        DataError: they are about other images in one of the runs.
+    """
+    first = runs[0].columns.get(column, {})
+    shared = [one for one in first if all(one in run.columns.get(column, {}) for run in runs[1:])]
+    for run in runs[1:]:
+        theirs = run.columns.get(column, {})
+        other = next((one for one in shared if first[one].image != theirs[one].image), None)
+        if other is not None:
+            raise DataError(
+                f"{column}, question {other}: {runs[0].name} saw {first[other].image}, {run.name} saw "
+                f"{theirs[other].image}. They were evaluated on different data."
+            )
+    return shared
+
+
 def _folders(name: str, results: Path) -> list[Path]:
     """Return the evaluation folders that a name stands for."""
     folder = Path(name).expanduser()

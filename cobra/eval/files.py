@@ -34,7 +34,10 @@ def locate(root: str, folder: str, sources: Sequence[Source], images: Source) ->
     if not all(found[source] for source in sources):
         missing = [source for source, path in found.items() if path is None]
         lines = [f"  {' or '.join(source.names)}\n    from {source.url}" for source in missing]
-        raise DataError("\n".join([f"{base} lacks {len(missing)} of what is needed (data_root={root}):", *lines]))
+        command = f"All of it comes with: cobra prepare benchmark={folder.replace('-', '')} data_root={root}"
+        raise DataError(
+            "\n".join([f"{base} lacks {len(missing)} of what is needed (data_root={root}):", *lines, command])
+        )
     return [path for source in sources if (path := found[source])], found[images] or base / images.names[0]
 
 

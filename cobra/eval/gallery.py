@@ -8,6 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,58 +17,111 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cobra.eval.benchmark import Benchmark, Prediction, Question, Scores
+from cobra.eval.benchmark import MEAN, Benchmark, Prediction, Question, Scores
 from cobra.eval.rules.boxes import BoxXYXY, parse_box
 from cobra.hub import open_image
 from cobra.runtime import write_atomically
 
 _POOL = 2_000  # right answers that examples are picked from: looking for other types takes time
 _RIGHT, _WRONG = "#2a7f3f", "#b3261e"
+_IMAGE, _HEAD, _FOOT, _GAP, _TITLE = 2.9, 0.17, 0.2, 0.2, 0.4  # inches: an image, lines of text, space, the title
 
 
-def plot_examples(
-    folder: Path,
-    benchmark: Benchmark,
-    questions: Sequence[Question],
-    predictions: Mapping[str, Prediction],
-    scores: Scores,
-    title: str,
-) -> None:
-    """Draw examples.png: up to four wrong answers, then random right ones, each with question, prediction, truth.
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One question, what was answered, and whether that is right."""
+
+    benchmark: Benchmark
+    question: Question
+    prediction: Prediction
+    is_right: bool
+    label: str = ""  # above the question
+
+    @property
+    def head(self) -> str:
+        """The label and the question, in lines."""
+        return "\n".join(filter(None, (self.label, _lines(self.question.text.replace("<image>", "")))))
+
+    @property
+    def foot(self) -> str:
+        """The answer, and the truth where that is another, in lines."""
+        truth = "" if self.is_right else _lines(f"truth: {self.benchmark.show_truth(self.question)}")
+        return "\n".join(filter(None, (_lines(show(self.prediction)), truth)))
+
+
+def examples(
+    benchmark: Benchmark, chosen: Sequence[Question], predictions: Mapping[str, Prediction], scores: Scores
+) -> list[Example]:
+    """Return the chosen questions with their answers."""
+    return [
+        Example(
+            benchmark=benchmark,
+            question=question,
+            prediction=predictions[question.id],
+            is_right=scores.main[question.id] >= 0.5,
+        )
+        for question in chosen
+    ]
+
+
+def one_of_each_column(
+    benchmark: Benchmark, questions: Sequence[Question], predictions: Mapping[str, Prediction], scores: Scores
+) -> list[Example]:
+    """Draw one question of each column, always the same one, whether its answer is right or wrong."""
+    asked = [questions[i] for i in np.random.default_rng(0).permutation(len(questions)).tolist()]
+    asked = [question for question in asked if question.id in scores.main]  # what could not be asked has no score
+    shown: list[Example] = []
+    for column, part in scores.columns.items():
+        first = next((question for question in asked if part in (question.part, MEAN)), None)
+        chosen = examples(benchmark, [first] if first else [], predictions, scores)
+        shown += [replace(example, label=column) for example in chosen]
+    return shown
+
+
+def plot_examples(file: Path, shown: Sequence[Example], title: str, num_columns: int = 4) -> None:
+    """Draw each example's image, with the question above and the answer, and the truth if it is another, below.
 
     Boxes are drawn: the predicted one in the colour of its answer, the true one dashed in white.
     """
-    chosen = choose_examples(questions, scores, num_wrong=4, num_all=12)
-    columns = min(4, len(chosen))
-    num_rows = -(-len(chosen) // columns)
-    figure = Figure(figsize=(3.1 * columns, 3.9 * num_rows + 0.5), layout="constrained")
-    figure.suptitle(title)
-    grid = figure.subplots(num_rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for axes, question in zip(grid.flat, chosen, strict=False):
-        axes.set_axis_on()
-        axes.set(xticks=[], yticks=[])
-        image = open_image(question.image).convert("RGB")
-        axes.imshow(image)
-        is_right = scores.main[question.id] >= 0.5
-        color = _RIGHT if is_right else _WRONG
-        prediction = predictions[question.id]
-        truth = "" if is_right else _lines(f"truth: {benchmark.show_truth(question)}")
-        axes.set_title(_lines(question.text.replace("<image>", "")), fontsize=10, parse_math=False)
-        axes.set_xlabel(
-            "\n".join(filter(None, (_lines(show(prediction)), truth))),
-            fontsize=11, color=color, weight="bold", parse_math=False,
-        )  # fmt: skip
-        predicted = parse_box(prediction) if isinstance(prediction, str) else None
-        true_box = benchmark.true_box(question)
-        if true_box is not None:
-            _draw_box(axes, true_box, image.size, color="white", linestyle="--")
-            if predicted is not None:
-                _draw_box(axes, predicted, image.size, color=color, linestyle="-")
-        for spine in axes.spines.values():
-            spine.set(color=color, linewidth=2)
-    write_atomically(folder / "examples.png", partial(figure.savefig, dpi=100))
+    figure = _figure(shown, title, num_columns)
+    write_atomically(file, partial(figure.savefig, dpi=100))
+
+
+def _figure(shown: Sequence[Example], title: str, num_columns: int) -> Figure:
+    num_columns = min(num_columns, len(shown))
+    rows = [shown[start : start + num_columns] for start in range(0, len(shown), num_columns)]
+    # In inches. No automatic layout: it lets long questions run into the row above.
+    above = [_HEAD * max(example.head.count("\n") + 1 for example in row) + _GAP for row in rows]
+    below = [_FOOT * max(example.foot.count("\n") + 1 for example in row) + _GAP for row in rows]
+    width, height = num_columns * (_IMAGE + _GAP) + _GAP, len(rows) * _IMAGE + sum(above) + sum(below) + _TITLE
+    figure = Figure(figsize=(width, height))
+    figure.suptitle(title, y=1 - _TITLE / 2 / height, va="center")
+    top = height - _TITLE
+    for row, head, foot in zip(rows, above, below, strict=True):
+        bottom = top - head - _IMAGE
+        for i, example in enumerate(row):
+            left = _GAP + i * (_IMAGE + _GAP)
+            axes = figure.add_axes((left / width, bottom / height, _IMAGE / width, _IMAGE / height))
+            _draw(axes, example)
+        top = bottom - foot
+    return figure
+
+
+def _draw(axes: Any, example: Example) -> None:
+    image = open_image(example.question.image).convert("RGB")
+    color = _RIGHT if example.is_right else _WRONG
+    axes.imshow(image)
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(example.head, fontsize=10, parse_math=False)
+    axes.set_xlabel(example.foot, fontsize=11, color=color, weight="bold", parse_math=False)
+    for spine in axes.spines.values():
+        spine.set(color=color, linewidth=2)
+    true_box = example.benchmark.true_box(example.question)
+    if true_box is not None:
+        predicted = parse_box(example.prediction) if isinstance(example.prediction, str) else None
+        _draw_box(axes, true_box, image.size, color="white", linestyle="--")
+        if predicted is not None:
+            _draw_box(axes, predicted, image.size, color=color, linestyle="-")
 
 
 def show(prediction: Prediction) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from cobra.eval.benchmark import MEAN, Scores
 from cobra.runtime import write_atomically
@@ -149,3 +150,44 @@ def _draw_differences(
     axes.set_ylabel(f"difference from {models[0]}", parse_math=False)
     axes.set_xticks(range(len(columns)), columns, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot_differences(
+    file: Path,
+    panels: Mapping[str, Sequence[Bar]],
+    references: Mapping[str, Sequence[Bar]],
+    columns: Sequence[str],
+    title: str,
+) -> None:
+    """Draw differences as dots with their intervals, the paper's below them; one panel per model.
+
+    Args:
+        file: the picture.
+        panels: name -> differences, named after columns; columns that a model lacks stay empty.
+        references: name -> the paper's differences.
+        columns: from top to bottom.
+        title: below all.
+    """
+    figure = Figure(figsize=(10, 0.36 * len(columns) + 1.6), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
+    ours: dict[str, Any] = {"marker": "o", "linestyle": "none", "color": "tab:blue", "markeredgecolor": "black"}
+    theirs: dict[str, Any] = {**ours, "marker": "D", "color": "tab:orange", "markersize": 5}
+    theirs |= {"markerfacecolor": "white", "markeredgecolor": "tab:orange"}
+    for axes, (name, bars) in zip(all_axes, panels.items(), strict=True):
+        axes.axvline(0, color="tab:gray", linewidth=1)
+        places = [columns.index(bar.name) - 0.14 for bar in bars]
+        _whiskers(axes, bars, places, horizontal=True)
+        axes.plot([bar.percent for bar in bars], places, **ours)
+        below = [columns.index(bar.name) + 0.2 for bar in references[name]]
+        axes.plot([bar.percent for bar in references[name]], below, **theirs)
+        axes.set_yticks(range(len(columns)), columns, parse_math=False)
+        axes.set_ylim(len(columns) - 0.4, -0.6)
+        axes.set_title(name if bars else f"{name} (missing)", fontsize=10, parse_math=False)
+        for between in range(1, len(columns)):
+            axes.axhline(between - 0.5, color="0.9", linewidth=0.8)
+        axes.tick_params(axis="y", length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    marks = [Line2D([], [], label="ours", **ours), Line2D([], [], label="the paper's", **theirs)]
+    figure.legend(handles=marks, loc="outside upper right", ncols=2, frameon=False)
+    figure.supxlabel(title, fontsize=10)
+    write_atomically(file, partial(figure.savefig, dpi=120))

@@ -41,7 +41,8 @@ def write(
     write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
     write_scores(folder, benchmark, questions, scores, with_image=True)
     pictures = plots.plot_breakdowns(folder, scores, title)
-    gallery.plot_examples(folder, benchmark, questions, answers, scores, title)
+    chosen = gallery.choose_examples(questions, scores, num_wrong=4, num_all=12)
+    gallery.plot_examples(folder / "examples.png", gallery.examples(benchmark, chosen, answers, scores), title)
     page.write_page(folder / "examples.html", benchmark, questions, answers, scores, title)
     lines = [*_head(results, scores), *_scores(results, benchmark, scores), *_details(scores), *_breakdowns(scores)]
     lines += ["## Pictures", ""]

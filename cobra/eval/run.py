@@ -16,6 +16,7 @@ from cobra.errors import ConfigError, DataError
 from cobra.eval import report, summary
 from cobra.eval.benchmark import Benchmark, Choices, Question, Scores
 from cobra.eval.engine import Answerer, Engine, ask, select, share
+from cobra.eval.gallery import Example, one_of_each_column
 from cobra.eval.models import model_fingerprint, open_model
 from cobra.eval.scoring import log_scores
 from cobra.eval.store import AnswerStore
@@ -72,26 +73,22 @@ def _evaluate(
     for task in tasks:
         stores.append(_open_store(config, task, fingerprint, ranks))
         open_stores.callback(stores[-1].close)
-    model = open_model(
-        config.load,
-        device=config.device,
-        dtype=config.dtype,
-        quantize=config.quantize,
-        vision=config.vision,
-        llm=config.llm,
-    )
+    model = open_model(config.load, **config.load_options)
     for task in tasks:
         _check_choices(model, task)
+    engine = Engine(model, config.batch_size, skip_broken=config.on_missing == "skip")  # keeps a batch size that fits
     results: list[dict[str, Any]] = []
     scores: list[Scores] = []
+    examples: list[Example] = []
     for task, store in zip(tasks, stores, strict=True):
-        found, result = _run(config, model, task, store, ranks)
+        found, result = _run(config, engine, task, store, ranks)
         scores.append(found)
         results.append(result)
+        examples += one_of_each_column(task.benchmark, task.questions, store.answers, found)
     if len(tasks) > 1 and ranks.is_first:
         folder = Path(config.output or Path(config.paths.results) / "summary" / _display_name(config))
-        summary.write(folder, results)
-        log.info("All of them: %s, %s", folder / "summary.md", folder / "summary.png")
+        summary.write(folder, results, examples)
+        log.info("All of them: %s, %s, %s", *(folder / name for name in ("summary.md", "summary.png", "examples.png")))
     return scores
 
 
@@ -135,19 +132,20 @@ def _open_store(config: EvaluateConfig, task: Task, fingerprint: Mapping[str, An
 
 
 def _run(
-    config: EvaluateConfig, model: Answerer[Any], task: Task, store: AnswerStore, ranks: Ranks
+    config: EvaluateConfig, engine: Engine, task: Task, store: AnswerStore, ranks: Ranks
 ) -> tuple[Scores, dict[str, Any]]:
     benchmark, questions = task.benchmark, task.questions
     num_waiting = sum(question.id not in store.answers for question in questions)
     log.info("Asking %s %s questions of %s.", config.load, f"{num_waiting:,}", benchmark.name)
-    engine = Engine(model, config.batch_size, skip_broken=config.on_missing == "skip")
     if num_waiting and store.answers and ranks.is_first:  # else the folder is new, and holds nothing of ours
         report.remove(task.folder)
     started = time.perf_counter()
     ask(engine, share(questions, ranks), store)
     store.join()
     seconds = time.perf_counter() - started
-    broken = {image for images in ranks.gather([str(image) for image in engine.broken]) for image in images}
+    asked = {question.image for question in questions}  # the engine also knows broken images of other benchmarks
+    mine = [str(image) for image in engine.broken if image in asked]
+    broken = {image for images in ranks.gather(mine) for image in images}
     questions = [question for question in questions if str(question.image) not in broken]
     if not questions:
         raise DataError(f"{benchmark.name}: no image decodes, so no question is left.")

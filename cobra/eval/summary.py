@@ -1,4 +1,4 @@
-"""One model on several benchmarks: summary.json, summary.md and summary.png, beside the paper's table."""
+"""One model on several benchmarks: summary.json, summary.md and pictures, beside the paper's table."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cobra.eval.benchmark import PAPER
+from cobra.eval.gallery import Example, plot_examples
 from cobra.eval.markdown import NOTHING, percent, plain, signed, span, table
 from cobra.eval.paper import LLAVA, NOTES, ROWS, SOURCE
 from cobra.eval.plots import Bar, plot_models
@@ -16,12 +17,13 @@ from cobra.releases import COLUMNS
 from cobra.runtime import write_text
 
 
-def write(folder: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Write the summary.
+def write(folder: Path, results: Sequence[Mapping[str, Any]], examples: Sequence[Example]) -> None:
+    """Write the summary, and examples.png.
 
     Args:
         folder: made if it is not there.
         results: of one model, as `results.json` holds them; of a column that is there twice, the last counts.
+        examples: answers to be drawn.
     """
     model, name = str(results[0]["model"]), str(results[0]["paper_row"])
     columns: dict[str, Any] = dict.fromkeys(COLUMNS)
@@ -30,8 +32,11 @@ def write(folder: Path, results: Sequence[Mapping[str, Any]]) -> None:
             columns[column] = {"benchmark": one["benchmark"], **found, "difference": _difference(found)}
     summary = {"model": model, "paper_row": name, "columns": columns}
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    write_text(folder / "summary.md", "\n".join(_report(model, name, columns)) + "\n")
+    pictures = ["", "![examples](examples.png)"] * bool(examples)
+    write_text(folder / "summary.md", "\n".join([*_report(model, name, columns), *pictures]) + "\n")
     _plot(folder / "summary.png", model, name, {column: found for column, found in columns.items() if found})
+    if examples:
+        plot_examples(folder / "examples.png", examples, f"{model}: an answer to each, drawn at random", num_columns=3)
 
 
 def _difference(column: Mapping[str, Any]) -> float | None:

@@ -128,11 +128,12 @@ def model_card(config: ModelConfig, repository: str) -> str:
 def parts_table(config: ModelConfig) -> str:
     """Return a model's parts as a table of Markdown."""
     towers = ", ".join(f"{tower.timm} at {tower.image_size} px" for tower in config.vision.towers)
+    prompt = config.llm.prompt.replace("\n", "<br>")
     return (
         f"| part | |\n|---|---|\n| vision | {towers}; {config.vision.resize} |\n"
         f"| projector | {config.projector.kind} |\n"
         f"| language model | Mamba, width {config.llm.d_model}, {config.llm.num_layers} layers |\n"
-        f"| prompt format | {config.llm.prompt} |\n"
+        f"| prompt format | {prompt} |\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""Maps from vision features to image tokens. Adding one: a function and a line in `PROJECTORS`, and a YAML.
+"""Maps from vision features to image tokens. Adding one: docs/extending.md.
 
 Parameter names are `projector.{0,2,4}`, as in the public Cobra weights (paper, section 3.2).
 
@@ -131,8 +131,8 @@ class Projector(nn.Module):
             ConfigError: the projector's grid is finer than the patches'.
         """
         for layer in self.projector:
-            if isinstance(layer, GridPool):
-                num_patches = layer.num_tokens(num_patches)
+            count = getattr(layer, "num_tokens", None)  # of a layer that makes fewer tokens, such as GridPool
+            num_patches = num_patches if count is None else count(num_patches)
         return num_patches
 
     @torch.no_grad()

@@ -43,8 +43,11 @@ def turns_of(messages: Sequence[Message]) -> list[Turn]:
     turns = [Turn()]
     for number, message in enumerate(messages):
         param = f"messages[{number}]"
-        text = "\n".join(part.text for part in message.content if isinstance(part, TextPart))
-        images = [part.image_url.url for part in message.content if not isinstance(part, TextPart)]
+        if message.content is None and message.role != "assistant":
+            raise refuse("Only messages of the role 'assistant' may lack content.", f"{param}.content", "invalid_value")
+        parts = message.content or []
+        text = "\n".join(part.text for part in parts if isinstance(part, TextPart))
+        images = [part.image_url.url for part in parts if not isinstance(part, TextPart)]
         if images and message.role != "user":
             raise refuse("Only messages of the role 'user' may hold images.", f"{param}.content")
         if message.role == "assistant":

@@ -33,14 +33,7 @@ def serve(config: ServeConfig) -> None:
         CobraError: the model has failed for good.
     """
     with listen(config) as listener, use_backend(config.ops):
-        vlm = cobra.load(
-            config.load,
-            device=config.device,
-            dtype=config.dtype,
-            quantize=config.quantize,
-            vision=config.vision,
-            llm=config.llm,
-        )
+        vlm = cobra.load(config.load, **config.load_options)
         warm_up(vlm)
         service = Service(vlm, config)
         Server(service).run([listener])

@@ -100,7 +100,7 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    content: Content | None = None  # clients send null for an answer without text
 
     @model_validator(mode="after")
     def _nothing_else(self) -> Message:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cobra.config import QUESTION_SLOT
 from cobra.errors import ConfigError
 from cobra.text.tokenizer import END_OF_TEXT
 
@@ -61,7 +62,14 @@ _FORMATS = {
 
 
 def prompt_format(name: str) -> PromptFormat:
-    """Return the format called `name`: `zephyr` (chat models) or `mamba` (base models)."""
+    """Return the format called `name`: `zephyr` (chat models), `mamba` (base models), or the one it is a template of.
+
+    A template has `{question}` where the message stands; the answer follows at its end.
+    """
+    if QUESTION_SLOT in name:
+        before, _, after = name.partition(QUESTION_SLOT)
+        return PromptFormat(before=before, after=after)
     if name not in _FORMATS:
-        raise ConfigError(f"Unknown prompt format {name!r}; known: {', '.join(_FORMATS)}.")
+        known = ", ".join(_FORMATS)
+        raise ConfigError(f"Unknown prompt format {name!r}; known: {known}, or a text that holds {QUESTION_SLOT}.")
     return _FORMATS[name]

@@ -237,6 +237,9 @@ def test_several_benchmarks_share_one_model(
     monkeypatch.setattr("cobra.eval.models.load", lambda *a, **k: loads.append(a) or cobra.load(*a, **k))
     benchmarks = [short(name, data_root) for name in ("vsr", "gqa")]
     both = evaluate_all(config_of(trained_run, tmp_path / "both"), benchmarks)
+    with Image.open(tmp_path / "both" / "examples.png") as image:
+        assert min(image.size) > 200
+    assert "![examples](examples.png)" in (tmp_path / "both" / "summary.md").read_text()
     alone = evaluate(config_of(trained_run, tmp_path / "alone"), benchmarks[1])
     assert len(loads) == 2 and both[1].per_question == alone.per_question
     assert rows_of(tmp_path / "both" / "gqa") == rows_of(tmp_path / "alone")
@@ -244,6 +247,28 @@ def test_several_benchmarks_share_one_model(
     with pytest.raises(DataError, match=r"pope lacks 4(.|\n)*refcoco lacks 7"):
         evaluate_all(config_of(trained_run, tmp_path / "none"), missing)
     assert len(loads) == 2
+
+
+def test_batch_size_that_fits_is_kept_for_the_next_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Crowded(5, SHORT_OF_MEMORY[0])
+    facts: list[dict[str, Any]] = []
+    monkeypatch.setattr("cobra.eval.run.open_model", lambda *_, **__: model)
+    monkeypatch.setattr("cobra.eval.run.model_fingerprint", lambda *_, **__: {})
+    monkeypatch.setattr("cobra.eval.run._report", lambda *arguments: facts.append(arguments[-1]))
+    monkeypatch.setattr("cobra.eval.run.summary.write", lambda *_: None)
+    broken = [tmp_path / "broken-a" / "1.png", tmp_path / "broken-b" / "2.png"]
+    monkeypatch.setattr(model, "prepare_image", lambda path: checked(path, broken))
+    benchmarks = [Made(image.parent, num_images=4, name=image.parent.name) for image in broken]
+    evaluate_all(config_of(tmp_path, tmp_path / "out", batch_size=16, on_missing="skip"), benchmarks)
+    assert [size for size in model.sizes if size > 5] == [6]  # in the first benchmark
+    assert [one["batch_size"] for one in facts] == [3, 3]
+    assert [one["broken_images"] for one in facts] == [[str(image)] for image in broken]
+
+
+def checked(image: Path, broken: Sequence[Path]) -> Path:
+    if image in broken:
+        raise DataError("cannot be decoded.")
+    return image
 
 
 def test_all_benchmarks_by_name(trained_run: Path, data_root: Path, tmp_path: Path, script: Any) -> None:

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from official import FOLDERS, LIMIT, config_of, configured, rows_of, short
 from PIL import Image
 
 import cobra
 from cobra.config import PathsConfig, ScoreConfig
 from cobra.errors import CheckpointError, ConfigError, DataError
-from cobra.eval import engine
+from cobra.eval import engine, gallery
 from cobra.eval.benchmark import Choices
 from cobra.eval.fingerprint import model_fingerprint
-from cobra.eval.gallery import plot_examples, show
+from cobra.eval.gallery import examples, plot_examples, show
 from cobra.eval.run import evaluate
 from cobra.eval.scoring import score
 
@@ -107,9 +108,27 @@ def test_odd_answers_are_drawn(data_root: Path, tmp_path: Path) -> None:
     questions = engine.select(benchmark.questions(), 5)
     odd = ["$x_$", "\x00\x1b[31m\u2028", "x" * 10_000, "[0.1, 0.2, 0.8, 0.9]", "\ud83d"]
     answers = dict(zip([question.id for question in questions], odd, strict=True))
-    plot_examples(tmp_path, benchmark, questions, answers, benchmark.score(answers, questions), "odd")
+    shown = examples(benchmark, questions, answers, benchmark.score(answers, questions))
+    plot_examples(tmp_path / "examples.png", shown, "odd")
     with Image.open(tmp_path / "examples.png") as image:
         assert max(image.size) < 3000
+
+
+def test_texts_of_examples_do_not_run_into_each_other(data_root: Path) -> None:
+    benchmark = configured("refcoco", data_root)
+    chosen = engine.select(benchmark.questions(), 6)
+    questions = [
+        replace(question, text="the one on the left " * (3 + 40 * (i % 2))) for i, question in enumerate(chosen)
+    ]
+    answers = {question.id: "a long answer " * 20 for question in questions}
+    shown = examples(benchmark, questions, answers, benchmark.score(answers, questions))
+    figure = gallery._figure(shown, "title", num_columns=3)
+    FigureCanvasAgg(figure).draw()
+    boxes = [part.get_tightbbox() or pytest.fail("empty") for part in (*figure.axes, *figure.texts)]
+    assert len(boxes) == 7
+    for box in boxes:
+        assert box.y0 >= 0 and box.y1 <= figure.bbox.height
+        assert not [other for other in boxes if other is not box and box.overlaps(other)]
 
 
 def test_model_without_the_words_is_refused(

@@ -28,7 +28,7 @@ def results(column: str, accuracy: float, *, is_whole: bool = True) -> dict[str,
 @pytest.mark.parametrize("count", [1, 4, 9])
 def test_summary_has_all_nine_columns(tmp_path: Path, count: int) -> None:
     columns = list(COLUMNS)[:count]
-    summary.write(tmp_path, [results(column, 50 + i) for i, column in enumerate(columns)])
+    summary.write(tmp_path, [results(column, 50 + i) for i, column in enumerate(columns)], [])
     data = json.loads((tmp_path / "summary.json").read_text())
     assert list(data["columns"]) == list(COLUMNS)
     for i, column in enumerate(COLUMNS):
@@ -49,7 +49,7 @@ def test_limited_benchmarks_have_no_difference(tmp_path: Path) -> None:
         "part": "", "questions": 9, "reference": None, "is_whole": False,
         "rules": {"official": {"accuracy": 66.0, "interval_95": [60, 70]}},
     }}}  # fmt: skip
-    summary.write(tmp_path, [easy, other])
+    summary.write(tmp_path, [easy, other], [])
     text = (tmp_path / "summary.md").read_text()
     assert "| POPE | 100 | 89.00 | 88.00 to 92.00 | 90.00 | 88.00 to 92.00 | 88.40 | — | 85.90 |" in text
     assert "| easyvqa | 9 | 66.00 | 60.00 to 70.00 | — | — | — | — | — |" in text

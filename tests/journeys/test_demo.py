@@ -131,7 +131,7 @@ def test_missing_gradio_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from cobra.demo.page import serve
 
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ConfigError, match=r"pip install 'cobra-vlm\[demo\]'"):
+    with pytest.raises(ConfigError, match=r"^The demo needs gradio: pip install 'cobra-vlm\[demo\]'$"):
         serve(compose())
     for wrong in ("port=70000", "max_image_mb=0", "prompts.box=what", "temperature=-1"):
         with pytest.raises(ConfigError, match=wrong.split("=")[0]):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,6 @@ import pytest
 
 pytest.importorskip("easy_vqa")
 
-README = Path(__file__).resolve().parents[2] / "README.md"
 QUESTION_ONLY = 67.0  # per cent: the best that can be done without looking at the image
 EVALUATE = ["benchmark=easyvqa", "limit=1500", "batch_size=250", "model=runs/tiny", "device=cpu"]
 
@@ -87,40 +84,3 @@ def test_killed_evaluation_goes_on_to_the_same_predictions(folder: Path, command
     subprocess.run(command("evaluate", *EVALUATE, f"output={target}"), cwd=folder, check=True, capture_output=True)
     assert results(target)["asked_now"] == 1500 - num_done
     assert predictions(target) == predictions(folder / "results" / "easyvqa" / "tiny")
-
-
-def test_readme_python_runs(folder: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip()  # what it streams
-
-
-COMMANDS = re.findall(r"^ {4}((?:python|torchrun) [^#\n]+)", README.read_text(), flags=re.MULTILINE)
-CONVERSIONS = [line for line in COMMANDS if "convert.py" in line]
-
-
-def test_readme_conversion_loads_again(folder: Path, command: Callable[..., list[str]]) -> None:
-    assert CONVERSIONS[0].split()[2:4] == ["runs/tiny", "exported"]
-    for line in CONVERSIONS:
-        subprocess.run(command("convert", *line.split()[2:]), cwd=folder, check=True)
-    (load,) = re.findall(r"^ {4}(vlm = cobra\.load\(\"exported\".*\))", README.read_text(), flags=re.MULTILINE)
-    subprocess.run([sys.executable, "-c", f"import cobra\n{load}"], cwd=folder, check=True)
-
-
-# data=mine is what the command before it makes; tests of own data are in tests/data.
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line not in CONVERSIONS and "data=mine" not in line])
-def test_readme_command_composes(folder: Path, line: str) -> None:
-    if "-m cobra.describe" in line:
-        command = line.split()[1:]
-    else:
-        script, *arguments = line[line.index("scripts/") :].split()  # torchrun's own arguments are before it
-        if "--help" not in arguments:
-            arguments = [argument for argument in arguments if argument != "--multirun"] + ["--cfg", "job"]
-        if "--rerun" in arguments:
-            assert Path(folder / arguments[arguments.index("--rerun") + 1]).is_file()
-            return
-        arguments = [re.sub(r"=([\w-]+),.*", r"=\1", argument) for argument in arguments]  # one value of a sweep
-        command = [str(README.parent / script), *arguments]
-    result = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr

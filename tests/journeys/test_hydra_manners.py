@@ -1,21 +1,17 @@
-"""What users of Hydra expect: completion, own configs, sweeps that search or become cluster jobs; the page about it."""
+"""What users of Hydra expect: completion, own configs, sweeps that search."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from cobra.config import PrepareConfig, PretrainConfig, as_config
@@ -23,17 +19,6 @@ from cobra.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-PAGE = (ROOT / "docs" / "configuration.md").read_text()
-# Lines of the page that start a command: its name and its settings, without comments.
-COMMANDS = [
-    (name, shlex.split(rest, comments=True))
-    for name, rest in re.findall(r"^cobra (pretrain|evaluate)(.*)$", PAGE, re.MULTILINE)
-]
-
-PLUGINS = {
-    "hydra/sweeper=optuna": "hydra_plugins.hydra_optuna_sweeper",
-    "hydra/launcher=submitit_slurm": "hydra_plugins.hydra_submitit_launcher",
-}
 
 
 @pytest.fixture
@@ -49,26 +34,6 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def composed(name: str, *overrides: str) -> DictConfig:
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return hydra.compose(name, overrides=list(overrides), return_hydra_config=True)
-
-
-@pytest.mark.parametrize(("name", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else value[:1])
-def test_documented_command_composes(scripts: None, name: str, words: list[str]) -> None:
-    from _launch import _one_value, _renamed
-
-    for asked, plugin in PLUGINS.items():
-        if asked in words and find_spec(plugin) is None:
-            pytest.skip(f"needs {plugin}")
-    settings = [_renamed(word, "model", "load") for word in words if "=" in word or word.startswith("~")]
-    first = [_one_value(override) for override in OverridesParser.create().parse_overrides(settings)]
-    config = composed(name, *first).hydra
-    if "hydra/sweeper=optuna" in words:
-        assert config.sweeper._target_.endswith("OptunaSweeper") and config.sweeper.n_trials == 20
-    if "hydra/launcher=submitit_slurm" in words:
-        assert config.launcher._target_.endswith("SlurmLauncher") and config.launcher.gpus_per_node == 8
-
-
-def test_all_commands_of_the_page_are_found() -> None:
-    assert len(COMMANDS) == len(re.findall(r"^cobra ", PAGE, re.MULTILINE)) > 10
 
 
 @pytest.mark.parametrize(
@@ -136,3 +101,33 @@ def test_search_is_told_the_score_or_else_the_loss(
     (tmp_path / "tiny" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert outcome(tiny_config(f"paths.runs={tmp_path}")) == 1.5
     assert outcome(tiny_config(f"paths.runs={tmp_path}", "validation.every=1")) == 30.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refused"),
+    [
+        (["--multirun", "benchmark=pope,vsr", "output=out"], True),
+        (["--multirun", "benchmark=pope", "load=a,b", "output=out"], True),
+        (["--multirun", "benchmark=pope,vsr", "output=out/${benchmark.name}"], False),
+        (["--multirun", "benchmark=pope", "load=a,b", "output=a,b"], False),
+        (["--multirun", "benchmark=pope,vsr"], False),
+        (["benchmark=pope", "output=out"], False),
+    ],
+    ids=str,
+)
+def test_sweep_into_one_folder_is_refused_before_the_first_evaluation(
+    scripts: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    arguments: list[str],
+    refused: bool,
+) -> None:
+    from _launch import _check_command_line
+
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    if not refused:
+        _check_command_line("evaluate", [])
+        return
+    with pytest.raises(SystemExit):
+        _check_command_line("evaluate", [])
+    assert "output=out is one folder for all evaluations of this sweep" in caplog.text

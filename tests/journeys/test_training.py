@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 
 import cobra
-from cobra.config import PretrainConfig, as_config, as_dict, flatten
+from cobra.config import PretrainConfig, as_dict, flatten
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = Path(__file__).with_name("stand_in.py")
@@ -150,34 +149,6 @@ def test_swept_experiments_of_one_run_name_get_two_folders(tmp_path: Path) -> No
 DOCS = [ROOT / "docs" / name for name in ("training.md", "clusters.md")]
 
 
-def commands(text: str) -> list[str]:
-    """The lines of the bash blocks that start one of our scripts, as one line each, without comments."""
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)).replace("\\\n", " ")
-    return [line.split("  #")[0].strip() for line in blocks.splitlines() if "scripts/" in line or "-m cobra" in line]
-
-
-@pytest.mark.parametrize("line", [line for file in DOCS for line in commands(file.read_text())])
-def test_documented_command_composes(tiny_config: Compose, line: str) -> None:
-    if "scripts/convert.py" in line:
-        return  # above
-    words = re.split(r"scripts/\w+\.py|-m cobra\.describe", line.split(";")[0])[1].split()
-    hidden = {"--multirun", "--world-size"}
-    given = [word for word in words if word not in hidden and not word.startswith("hydra") and not word.isdecimal()]
-    given = [word.replace("$SLURM_NNODES", "2") for word in given]
-    swept = {word.split("=")[0]: word.split("=", 1)[1].split(",") for word in given if re.search(r"=[\w-]+,", word)}
-    for choice in range(max(map(len, swept.values()), default=1)):
-        overrides = [
-            f"{word.split('=')[0]}={swept[word.split('=')[0]][choice]}" if word.split("=")[0] in swept else word
-            for word in given
-        ]
-        if "evaluate.py" in line:
-            overrides = [re.sub("^model=", "load=", word) for word in overrides]
-            with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-                hydra.compose("evaluate", overrides=overrides)
-        else:
-            tiny_config(*overrides)
-
-
 def test_documented_settings_exist(tiny_config: Compose) -> None:
     known = flatten(as_dict(tiny_config("train=lora", "tracker=wandb")))
     known |= {key.rsplit(".", 1)[0]: None for key in known}
@@ -191,15 +162,3 @@ def test_documented_settings_exist(tiny_config: Compose) -> None:
 def test_documented_metrics_are_those_of_a_run(journey: Journey) -> None:
     table = (ROOT / "docs" / "training.md").read_text().split("| key | what it is |")[1].split("\n\n")[0]
     assert set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == lines(journey.one, "loss")[0].keys()
-
-
-def test_documented_data_set_passes_the_typed_door(tiny_config: Compose) -> None:
-    import yaml
-
-    single, mixture = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.DOTALL)
-    config = as_dict(tiny_config())
-    paths = {"paths.data": "/data"}
-    alone = yaml.safe_load(single.replace("${paths.data}", paths["paths.data"]))
-    assert as_config(PretrainConfig, config | {"data": alone}).data.sets["mine"].images == "/data/mine/images"
-    several = alone | {"annotations": None, "images": None} | yaml.safe_load(mixture)
-    assert as_config(PretrainConfig, config | {"data": several}).data.sets.keys() == {"captions", "questions"}

@@ -304,7 +304,9 @@ def test_kernel_compiles_for_a_gpu_that_is_not_here(file, kernel, constants):
     assert "ptx" in _compile(function, kinds | _POINTERS, constants, 1)
 
 
-def _compile(function: Any, kinds: dict[str, str], constants: dict[str, Any], num_warps: int) -> dict[str, Any]:
+def _compile(
+    function: Any, kinds: dict[str, str], constants: dict[str, Any], num_warps: int, **options: int
+) -> dict[str, Any]:
     """What the compiler for sm_90 makes of a kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -313,34 +315,55 @@ def _compile(function: Any, kinds: dict[str, str], constants: dict[str, Any], nu
     signature = {name: "constexpr" if name in constants else kinds[name] for name in function.arg_names}
     indices = {(function.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=function, signature=signature, constexprs=indices)
-    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    options |= {"num_warps": num_warps, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
 
 
-_PROJECT = {"TAPS": 4, "EPS": 1e-5, "SPLITS": 2, "PARTS": 2, "BLOCK_R": 8, "BLOCK_K": 256}
-_PROJECT |= {"ROWS": 2, "BLOCK_B": 2}
-_NOTHING = dict.fromkeys(("residual", "norm", "total"))
-_TILES = _PROJECT | _NOTHING | {"ROWS": 0, "BLOCK_B": 16, "BLOCK_R": 32, "BLOCK_K": 32}
+_CONVOLUTION = ("taps", "bias", "old", "new")
+_NORM = ("residual", "norm", "total")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter is on")
 @pytest.mark.parametrize(
-    ("kernel", "matrix", "constants"),
+    ("dtype", "bits", "rows", "absent"),
     [
-        ("project", "*bf16", _PROJECT | {"BITS": 16, "scales": None}),
-        ("project", "*fp32", _PROJECT | {"BITS": 16, "scales": None, "residual": None}),
-        ("project", "*i8", _PROJECT | {"BITS": 8, "taps": None, "bias": None, "old": None, "new": None, "PARTS": 1}),
-        ("project", "*u8", _PROJECT | {"BITS": 4}),
-        ("project", "*fp16", _TILES | {"BITS": 16, "scales": None}),
-        ("project", "*i8", _TILES | {"BITS": 8}),
-        ("project", "*u8", _TILES | {"BITS": 4}),
-        ("normalise", "", {"residual": None, "SPLITS": 3, "EPS": 1e-5, "BLOCK": 4096}),
-        ("recur", "", {"SPLITS": 3, "STATE": 16, "N": 16, "RANK": 160, "R": 256, "BLOCK_D": 32}),
+        (torch.bfloat16, 16, 2, ()),
+        (torch.float32, 16, 4, ("residual",)),
+        (torch.int8, 8, 1, _CONVOLUTION),
+        (torch.uint8, 4, 3, ()),
+        (torch.float16, 16, 5, _NORM),
+        (torch.bfloat16, 16, 32, _NORM),
+        (torch.int8, 8, 64, _NORM),
+        (torch.uint8, 4, 16, _NORM),
+    ],
+    ids=str,
+)
+def test_product_compiles_with_the_blocks_that_are_launched(dtype, bits, rows, absent):
+    pytest.importorskip("triton")
+    matvec = importlib.import_module(f"{PACKAGE}.matvec")
+    blocks = matvec._blocks(matvec.Matrix(torch.empty(0, dtype=dtype), None, bits, (0, 0)), rows)
+    options = {name: blocks.pop(name) for name in ("num_stages",) if name in blocks}
+    constants = {"SPLITS": 1 if absent == _NORM else 2, "PARTS": 1 if absent == _CONVOLUTION else 2, "TAPS": 4}
+    constants |= {"EPS": 1e-5, "BITS": bits} | dict.fromkeys(absent) | ({"scales": None} if bits == 16 else {})
+    kinds = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8"}
+    ptx = _compile_step("project", constants | blocks, kinds.get(dtype, "*u8"), **options)
+    assert ("mma" in ptx) == (blocks["ROWS"] == 0)  # tensor cores
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter is on")
+@pytest.mark.parametrize(
+    ("kernel", "constants"),
+    [
+        ("normalise", {"residual": None, "SPLITS": 3, "EPS": 1e-5, "BLOCK": 4096}),
+        ("recur", {"SPLITS": 3, "STATE": 16, "N": 16, "RANK": 160, "R": 256, "BLOCK_D": 32}),
     ],
 )
-def test_kernel_of_a_step_compiles_for_a_gpu_that_is_not_here(kernel, matrix, constants):
+def test_kernel_of_a_step_compiles_for_a_gpu_that_is_not_here(kernel, constants):
     pytest.importorskip("triton")
+    assert "mma" not in _compile_step(kernel, constants)
+
+
+def _compile_step(kernel: str, constants: dict[str, Any], matrix: str = "", **options: int) -> str:
     function = getattr(importlib.import_module(f"{PACKAGE}.step_kernels"), kernel)
     kinds = {name: "i32" if name.endswith(_INTEGERS + _STRIDES) else "*fp32" for name in function.arg_names}
-    ptx = _compile(function, kinds | {"matrix": matrix}, constants, 4)["ptx"]
-    assert ("mma" in ptx) == (constants.get("ROWS") == 0)  # tensor cores
+    return _compile(function, kinds | {"matrix": matrix}, constants, 4, **options)["ptx"]

@@ -13,6 +13,11 @@ from PIL import Image
 from cobra.api import Cobra
 
 ASK = "what color is the circle?"
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "x", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+}
 
 
 def image_part(url: str) -> dict[str, Any]:
@@ -145,6 +150,14 @@ def test_history_is_read_in_the_prompt_format(client, vlm: Cobra, pictures, imag
     assert len(set(answers)) == len(cases)
 
 
+def test_answer_without_content_is_empty(client, vlm: Cobra) -> None:
+    form = vlm.prompt
+    answer = ask(client, user("one"), {"role": "assistant", "content": None, "tool_calls": None}, user("two"))
+    pieces = [form.question("one"), form.answer(""), form.question("two", is_first=False)]
+    assert answer.choices[0].message.content == greedy(vlm, list(pieces))
+    assert answer.usage.prompt_tokens == sum(len(vlm.tokenizer.encode(piece)) for piece in pieces)
+
+
 def test_many_at_once_answer_as_each_alone(client, vlm: Cobra, pictures, image_urls) -> None:
     def one(number: int) -> str:
         parts = [f"question {number}"] + ([image_part(image_urls[number % 3])] if number % 4 else [])
@@ -216,7 +229,10 @@ def test_fields_that_change_nothing_are_tolerated(client) -> None:
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "5", "tool_call_id": "x"}]}, "messages[0].role"),
+        ({"messages": [user("a"), CALL, user("b")]}, "messages[1]"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "system", "content": None}, user("a")]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": " "}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
         ({"messages": [{"role": "assistant", "content": "hi"}]}, "messages[0]"),

@@ -13,7 +13,11 @@ from typing import Any
 
 import pytest
 
+from cobra.api import Cobra
+from cobra.config import ServeConfig
+from cobra.serve.errors import ApiError
 from cobra.serve.fetch import NotFetched, fetch, is_public
+from cobra.serve.images import ImageReader
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
@@ -268,3 +272,27 @@ def test_servers_that_dawdle_are_left_in_time(website) -> None:
     website["/drip"] = drip
     with pytest.raises(NotFetched, match=r"within 0\.3 s"):
         get(f"{website['address']}/drip", private=True, timeout=0.3)
+
+
+def test_few_files_are_fetched_at_once(vlm: Cobra, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are in memory while they arrive."""
+    at_once: list[int] = [0]
+
+    async def slow(url: str, **_: object) -> bytes:
+        at_once.append(at_once[-1] + 1)
+        await asyncio.sleep(0.01)
+        at_once.append(at_once[-1] - 1)
+        raise NotFetched("it is not there")
+
+    async def read_all(count: int) -> list[object]:
+        reader = ImageReader(vlm, ServeConfig(load="x"))
+        urls = [f"http://a.test/{number}" for number in range(count)]
+        try:
+            return await asyncio.gather(*(reader.read(url, lambda _: None) for url in urls), return_exceptions=True)
+        finally:
+            reader.close()
+
+    monkeypatch.setattr("cobra.serve.images.fetch", slow)
+    found = asyncio.run(read_all(20))
+    assert [type(one) for one in found] == [ApiError] * 20  # one that fails gives its place to the next
+    assert max(at_once) == 8 and at_once[-1] == 0

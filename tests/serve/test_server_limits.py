@@ -116,7 +116,9 @@ def test_slow_answer_ends_with_an_error(serve) -> None:
         wait_until(lambda: is_idle(running))
 
 
-def test_body_that_does_not_arrive_is_refused(serve) -> None:
+@pytest.mark.parametrize("drips", [False, True])
+def test_body_that_does_not_arrive_is_refused(serve, drips: bool) -> None:
+    """Neither does one that comes a byte now and then, for ever within any limit on a single read."""
     with serve(body_timeout=0.3) as running:
         port = int(running.address.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
@@ -124,6 +126,10 @@ def test_body_that_does_not_arrive_is_refused(serve) -> None:
                 b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
                 b"Content-Length: 100\r\n\r\n{"
             )
+            for _ in range(20 if drips else 0):  # 0.4 s
+                time.sleep(0.02)
+                with suppress(ConnectionError):  # it may have been refused already
+                    connection.send(b" ")
             assert connection.recv(1000).startswith(b"HTTP/1.1 408")
         assert running.service.open_answers == 0
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cobra.config import LLMConfig
 from cobra.errors import ConfigError
 from cobra.text.prompt import prompt_format
 from cobra.text.tokenizer import Tokenizer
@@ -70,6 +71,20 @@ def test_conversation_marks_the_answers(name: str) -> None:
 def test_caption_is_the_first_answer_alone(name: str) -> None:
     (segment,) = prompt_format(name).caption([("describe", "a red circle"), ("more?", "no")])
     assert segment.is_answer and segment.text == "a red circle<|endoftext|>"
+
+
+def test_template_is_a_format() -> None:
+    prompt = prompt_format("Q: {question}\nA: ")
+    segments = prompt.conversation([("<image>\nhi {question}", "hello"), ("bye", "")])
+    wrapped = "Q: hi {question}\nA: hello<|endoftext|>\nQ: bye\nA:  <|endoftext|>"
+    assert "".join(segment.text for segment in segments) == wrapped
+    assert [segment.text for segment in segments if segment.is_answer] == ["hello<|endoftext|>", " <|endoftext|>"]
+
+
+@pytest.mark.parametrize(("prompt", "words"), [("zephir", "'zephyr'"), ("{question}{question}", "once")])
+def test_format_that_is_none_is_refused_with_the_settings(prompt: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.llm\.prompt.*{words}"):
+        LLMConfig(d_model=8, num_layers=1, vocab_size=8, tokenizer="any", prompt=prompt)
 
 
 def test_unknown_format_names_the_known_ones() -> None:

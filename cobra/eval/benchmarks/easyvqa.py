@@ -18,9 +18,9 @@ class EasyVQA(Benchmark):
     """Exact match, capitals and outer spaces aside."""
 
     rules = (OFFICIAL,)
-    folder: str
-    name: str = "easyvqa"
-    max_new_tokens: int = 8
+    folder: str  # with images/ and the questions, as `data=easyvqa` makes it
+    name: str = "easyvqa"  # of its folder below `paths.results`
+    max_new_tokens: int = 8  # limit of an answer
 
     def questions(self) -> list[Question]:
         """Read test.json; it is made from the PyPI package when it is not there yet."""

@@ -27,11 +27,11 @@ class GQA(Benchmark):
 
     columns: ClassVar[Mapping[str, str]] = {"GQA": ""}
     image_url: ClassVar[str] = IMAGES.url
-    data_root: str
-    prompt: str
+    data_root: str  # holds gqa/, or is that folder
+    prompt: str  # what is asked, with {question} in it
     tier: str = "testdev_balanced"  # {tier}_questions.json; with testdev_all, consistency can be computed
-    name: str = "gqa"
-    max_new_tokens: int = 128
+    name: str = "gqa"  # of its folder below `paths.results`
+    max_new_tokens: int = 128  # limit of an answer
 
     def questions(self) -> list[Question]:
         """Read the questions; the file of valid and plausible answers too, where it is."""

@@ -35,12 +35,12 @@ class Pope(TwoWords):
     columns: ClassVar[Mapping[str, str]] = {"POPE": MEAN}
     words: ClassVar[tuple[str, str]] = ("Yes", "No")
     image_url: ClassVar[str] = IMAGES.url
-    data_root: str
-    prompt: str
-    splits: list[str] = field(default_factory=lambda: list(SPLITS))
-    ask: str = "choices"
-    name: str = "pope"
-    max_new_tokens: int = 128
+    data_root: str  # holds pope/, or is that folder
+    prompt: str  # what is asked, with {question} in it
+    splits: list[str] = field(default_factory=lambda: list(SPLITS))  # each is scored by itself, and their mean
+    ask: str = "choices"  # "choices": compare the probabilities of Yes and No | "text": read the answer
+    name: str = "pope"  # of its folder below `paths.results`
+    max_new_tokens: int = 128  # limit of an answer
 
     def __post_init__(self) -> None:
         for split in self.splits:

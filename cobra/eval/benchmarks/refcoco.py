@@ -39,12 +39,12 @@ class RefCOCO(Benchmark):
 
     columns: ClassVar[Mapping[str, str]] = {name: name for name in SETS}
     image_url: ClassVar[str] = IMAGES.url
-    data_root: str
-    prompt: str
-    sets: list[str] = field(default_factory=lambda: list(SETS))
-    splits: list[str] = field(default_factory=lambda: ["val"])
-    name: str = "refcoco"
-    max_new_tokens: int = 128
+    data_root: str  # holds refcoco/ with refcoco/, refcoco+/, refcocog/ in it, or is that folder
+    prompt: str  # what is asked, with {question} in it
+    sets: list[str] = field(default_factory=lambda: list(SETS))  # each is scored by itself
+    splits: list[str] = field(default_factory=lambda: ["val"])  # "val" | "testA" | "testB" | "test", as a set has them
+    name: str = "refcoco"  # of its folder below `paths.results`
+    max_new_tokens: int = 128  # limit of an answer
 
     def __post_init__(self) -> None:
         for name in self.sets:

@@ -34,11 +34,11 @@ class TextVQA(Benchmark):
 
     columns: ClassVar[Mapping[str, str]] = {"TextVQA": "ocr_first"}
     image_url: ClassVar[str] = IMAGES.url
-    data_root: str
-    prompts: Mapping[str, str]  # order -> wording
-    orders: list[str] = field(default_factory=lambda: list(ORDERS))
-    name: str = "textvqa"
-    max_new_tokens: int = 128
+    data_root: str  # holds text-vqa/, or is that folder
+    prompts: Mapping[str, str]  # for each order what is asked, with {question} and {ocr} in it
+    orders: list[str] = field(default_factory=lambda: list(ORDERS))  # the text that was read first, last, or not given
+    name: str = "textvqa"  # of its folder below `paths.results`
+    max_new_tokens: int = 128  # limit of an answer
 
     def __post_init__(self) -> None:
         for order in self.orders:

@@ -24,10 +24,10 @@ class VizWiz(Benchmark):
 
     columns: ClassVar[Mapping[str, str]] = {"VizWiz": ""}
     image_url: ClassVar[str] = IMAGES.url
-    data_root: str
-    prompt: str
-    name: str = "vizwiz"
-    max_new_tokens: int = 128
+    data_root: str  # holds vizwiz/, or is that folder
+    prompt: str  # what is asked, with {question} in it
+    name: str = "vizwiz"  # of its folder below `paths.results`
+    max_new_tokens: int = 128  # limit of an answer
 
     def questions(self) -> list[Question]:
         """Read val.json; a question's id is the name of its image file."""

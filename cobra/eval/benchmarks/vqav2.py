@@ -31,10 +31,10 @@ class VQAv2(Benchmark):
 
     columns: ClassVar[Mapping[str, str]] = {"VQA-v2": ""}
     image_url: ClassVar[str] = IMAGES.url
-    data_root: str
-    prompt: str
-    name: str = "vqav2"
-    max_new_tokens: int = 128
+    data_root: str  # holds vqa-v2/, or is that folder
+    prompt: str  # what is asked, with {question} in it
+    name: str = "vqav2"  # of its folder below `paths.results`
+    max_new_tokens: int = 128  # limit of an answer
 
     def questions(self) -> list[Question]:
         """Read both files; the order is that of the annotations."""

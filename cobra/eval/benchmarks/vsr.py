@@ -22,10 +22,10 @@ class VSR(TwoWords):
     columns: ClassVar[Mapping[str, str]] = {"VSR": ""}
     image_url: ClassVar[str] = IMAGES.url
     words: ClassVar[tuple[str, str]] = ("True", "False")
-    data_root: str
-    prompt: str
-    split: str = "test"  # {split}.jsonl
-    name: str = "vsr"
+    data_root: str  # holds vsr/, or is that folder
+    prompt: str  # what is asked, with {question} in it
+    split: str = "test"  # "test" | "dev": {split}.jsonl
+    name: str = "vsr"  # of its folder below `paths.results`
 
     def questions(self) -> list[Question]:
         """Read the statements; a statement's id is its row number, from 0."""

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _DRAWS, _SEED = 1000, 0
+_TIMES = 20  # so often each draw is taken with other seeds
 _FLIPS = 10_000
 _EXACT = 12  # so many images or fewer: all 2^n signs are tried
 _CELLS = 4_000_000  # signs that are held at once
@@ -22,18 +23,51 @@ def interval(scores: Sequence[float], images: Sequence[Hashable], parts: Sequenc
         images: the image of each question.
         parts: where they differ, the accuracy is the mean of the parts' accuracies.
     """
+    return central_95(100 * np.nanmean(redrawn([scores], images, parts)[:, 0], axis=1))
+
+
+def redrawn(
+    models: Sequence[Sequence[float]], images: Sequence[Hashable], parts: Sequence[Hashable]
+) -> NDArray[np.float64]:
+    """Return accuracies on redrawn sets of images, always the same draws: (draws, models, parts).
+
+    Args:
+        models: each one's scores of the same questions, from 0 to 1.
+        images: the image of each question.
+        parts: of each question; in the order in which they first appear. A part that was not drawn is NaN.
+    """
     image, part = _numbers(images), _numbers(parts)
     num_images, num_parts = int(image.max()) + 1, int(part.max()) + 1
-    sums, counts = np.zeros((num_images, num_parts)), np.zeros((num_images, num_parts))
-    np.add.at(sums, (image, part), np.asarray(scores, dtype=np.float64))
+    counts, sums = np.zeros((num_images, num_parts)), np.zeros((num_images, len(models), num_parts))
     np.add.at(counts, (image, part), 1)
+    for model, scores in enumerate(models):
+        np.add.at(sums[:, model], (image, part), np.asarray(scores, dtype=np.float64))
     rng = np.random.default_rng(_SEED)
-    means = np.empty(_DRAWS)
+    means = np.full((_DRAWS, len(models), num_parts), np.nan)
     for i in range(_DRAWS):
-        weights = np.bincount(rng.integers(num_images, size=num_images), minlength=num_images)
-        total = weights @ counts
-        means[i] = np.mean((weights @ sums)[total > 0] / total[total > 0])
-    low, high = np.percentile(100 * means, [2.5, 97.5]).tolist()
+        weights = np.bincount(rng.integers(num_images, size=num_images), minlength=num_images).astype(np.float64)
+        np.divide(np.tensordot(weights, sums, 1), total := weights @ counts, out=means[i], where=total > 0)
+    return means
+
+
+def with_seeds(means: NDArray[np.float64], variance: float, freedom: int) -> NDArray[np.float64]:
+    """Return redrawn means to which the spread of other seeds is added, always the same draws.
+
+    Drawing the seeds again, as images are, would say too little: of two or three there is not enough to draw. What a
+    few seeds say of their spread is a t distribution.
+
+    Args:
+        means: over redrawn sets of images.
+        variance: of the mean over seeds.
+        freedom: degrees of freedom that the variance was estimated with.
+    """
+    noise = np.random.default_rng(_SEED + 1).standard_t(freedom, (_TIMES, len(means)))
+    return (means + noise * np.sqrt(variance)).ravel()
+
+
+def central_95(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Return what 95 % of the values lie between."""
+    low, high = np.nanpercentile(values, [2.5, 97.5]).tolist()
     return low, high
 
 
