@@ -23,6 +23,12 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(_help(scripts))
         return
+    if name in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(version("cobra-vlm"))
+        return
+    name = _NAMES.get(name, name)  # a script's name is understood, too
     if name in ("-sc", "--shell-completion"):
         name, arguments = _completed_command(), ["-sc", *arguments]
         if not (CONFIGS / f"{scripts.get(name, Path(name)).stem}.yaml").is_file():  # Hydra completes its own alone
@@ -50,7 +56,7 @@ def _help(scripts: dict[str, Path]) -> str:
             "Cobra: Mamba vision-language models.   cobra COMMAND ...\n",
             *lines,
             "\n`cobra COMMAND --help` shows settings and examples. Data, runs and results are folders of the working",
-            'directory. Shell completion: eval "$(cobra -sc install=bash)"',
+            'directory. `cobra --version` tells this one. Shell completion: eval "$(cobra -sc install=bash)"',
         ]
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cobra.config import LLMConfig, as_config, one_of
-from cobra.errors import CheckpointError, ConfigError
+from cobra.errors import CheckpointError, ConfigError, DataError
 from cobra.hub import resolve_weights
 from cobra.loading import find_model, is_mamba, read_model
 from cobra.models.export import (
@@ -56,7 +56,7 @@ def convert(
         CheckpointError: the target exists, the source is damaged, or holds less than the layout needs.
         ConfigError: the layout is not known, or a setting in `vision` or `llm`, or it has no effect; or transformers is
             needed and not installed.
-        DataError: `results` holds none, or those of several models.
+        DataError: `results` holds none, or those of other models.
     """
     one_of("to", to, LAYOUTS)
     if results is not None and to != "hf":
@@ -66,6 +66,8 @@ def convert(
             f"{target} exists; choose another target, or replace it with --overwrite (overwrite=True)."
         )
     check_replaceable(target, Path(source))
+    if results is not None:
+        _check_results(results, source, vision, llm)
     model, tokenizer_file = _read(source, vision, llm)
     if to == "cobra" and isinstance(model, CobraVLM) and tokenizer_file is not None:
         save_model_folder(model, tokenizer_file, target)
@@ -86,6 +88,19 @@ def convert(
             raise CheckpointError(
                 f"{source} holds a language model alone, and to={to} needs a vision-language model; choose to=hf-mamba "
                 "or to=mamba, or train a model from it with model.llm.weights."
+            )
+
+
+def _check_results(results: Path, source: str, vision: Mapping[str, Any] | None, llm: Mapping[str, Any] | None) -> None:
+    """Refuse evaluations of other weights than the source's; those that came without a fingerprint are believed."""
+    from cobra.eval.fingerprint import model_fingerprint
+
+    own = model_fingerprint(source, vision=vision, llm=llm)["model"]
+    for file in sorted(results.rglob("fingerprint.json")):
+        if read_json(file).get("model") != own:
+            raise DataError(
+                f"{file.parent} holds results of other weights than those of {source}; give the results of this model, "
+                "or convert the one that was evaluated."
             )
 
 

@@ -26,6 +26,7 @@ _FILE_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".json", ".yaml", ".yml"
 _PUBLIC_CHECKPOINT = "checkpoints/latest-checkpoint.pt"
 # of a model folder, and of a run in the public layout
 _MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", _PUBLIC_CHECKPOINT)
+_SHARDS = ("model.safetensors.index.json", "model-*.safetensors")
 _MAX_DOWNLOAD = 64 * 2**20  # bytes of one image
 _HUB_TIMEOUT = 10  # seconds until a Hub that does not answer counts as out of reach
 
@@ -129,9 +130,8 @@ def resolve_model(name: str | Path) -> Path:
         raise CheckpointError(f"There is no run or model folder at {path}; train one, or check the path.{beside}")
     inside = "/".join(parts[2:])
     prefix = f"{inside}/" if inside else ""
-    wanted = {prefix + file for file in _MODEL_FILES}
     try:
-        return _download("/".join(parts[:2]), "model", lambda files: sorted(wanted & set(files))) / inside
+        return _download("/".join(parts[:2]), "model", lambda files: _model_files(files, prefix)) / inside
     except CheckpointError as error:
         raise CheckpointError(f"There is no run or model folder at {path}.{beside} And: {error}") from None
 
@@ -257,7 +257,7 @@ def _weight_files(files: list[str]) -> list[str]:
     """Choose what is needed of a repository: safetensors where there are some, else what torch.save wrote."""
     top = [file for file in files if "/" not in file]
     for names in (
-        ["model.safetensors.index.json", *fnmatch.filter(top, "model-*.safetensors")],
+        [_SHARDS[0], *fnmatch.filter(top, _SHARDS[1])],
         ["model.safetensors"],
         ["pytorch_model.bin.index.json", *fnmatch.filter(top, "pytorch_model-*.bin")],
         ["pytorch_model.bin"],
@@ -266,6 +266,18 @@ def _weight_files(files: list[str]) -> list[str]:
         if names[0] in top:
             return [*names, "config.json"] if "config.json" in top else names
     return []
+
+
+def _model_files(files: list[str], prefix: str) -> list[str]:
+    """Choose what is needed of a whole model in a repository; only Hugging Face's form has weights in shards."""
+    wanted = [prefix + file for file in _MODEL_FILES if prefix + file in files]
+    if prefix + "model.safetensors" not in wanted and f"{prefix}{_SHARDS[0]}" in files:
+        wanted += [file for file in files if file.startswith(prefix) and _is_shard(file.removeprefix(prefix))]
+    return sorted(wanted)
+
+
+def _is_shard(file: str) -> bool:
+    return "/" not in file and any(fnmatch.fnmatchcase(file, pattern) for pattern in _SHARDS)
 
 
 def _download(name: str, setting: str, choose: Callable[[list[str]], list[str]]) -> Path:

@@ -135,7 +135,9 @@ def read_model(
         if vision or llm:
             raise ConfigError(f"{folder} describes itself; vision and llm have no effect on it. Leave them out.")
         tokenizer = Tokenizer(resolve_file(str(folder), "llm.tokenizer"))
-        return load_hugging_face(folder, device=device, dtype=dtype), tokenizer
+        model = load_hugging_face(folder, device=device, dtype=dtype)
+        check_vocabulary(tokenizer, model.config.llm, "Export the model again.")
+        return model, tokenizer
     folder = resolve_model_folder(folder)
     config = _changed(folder, vision, llm)
     tokenizer = Tokenizer(resolve_file(str(folder / "tokenizer.json"), "llm.tokenizer"))

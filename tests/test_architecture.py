@@ -27,7 +27,7 @@ ALLOWED = {
     "generation": {"models"},
     "releases": {"errors"},
     "loading": {"models", "releases"},
-    "convert": {"loading", "integrations"},
+    "convert": {"loading", "integrations", "eval"},
     "api": {"generation", "loading"},
     "data": {"text", "ranks"},
     "train": {"models", "data", "describe", "ranks"},

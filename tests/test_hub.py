@@ -158,6 +158,14 @@ def test_what_is_nowhere_is_explained(stand_in: Hub, tmp_path: Path) -> None:
     assert not stand_in.cache.exists()
 
 
+def test_nearest_folder_is_named(stand_in: Hub, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    for name in ("tinny", "far/away"):
+        with pytest.raises(CheckpointError, match="no run or model folder at ") as caught:
+            cobra.load(tmp_path / "runs" / name)
+        assert ("Did you mean 'tiny'?" in str(caught.value)) == (name == "tinny")
+
+
 def test_machine_without_network_is_told_so_at_once(tmp_path: Path) -> None:
     """The real library, asking a port where nobody listens: some of its calls try again for half a minute."""
     script = (
@@ -277,6 +285,31 @@ def test_pushed_models_load_again(
     stand_in.is_online = False
     with pytest.raises(CheckpointError, match="Cannot upload to 'me/mine'"):
         vlm.push_to_hub("me/mine")
+
+
+@pytest.fixture
+def sharded(small_model: CobraVLM, tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    """A model in Hugging Face's form; written before the Hub is replaced, which transformers looks at."""
+    pytest.importorskip("transformers")
+    from cobra.integrations.hf.export import write_hugging_face
+
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    write_hugging_face(small_model, tokenizer.file, folder, shard_size="200KB")
+    return folder
+
+
+def test_shards_are_fetched_with_their_index(sharded: Path, stand_in: Hub, small_model: CobraVLM) -> None:
+    stand_in.add("me/mine", "other/model-1.safetensors", "other/tokenizer.json")
+    for name, inside in (("me/mine", ""), ("me/mine/large", "large/")):
+        shutil.copytree(sharded, stand_in.root / name, dirs_exist_ok=True)
+        stand_in.downloads.clear()
+        vlm = cobra.load(name, device="cpu")
+        for key, tensor in small_model.state_dict().items():
+            assert torch.equal(tensor, vlm.model.state_dict()[key])
+        shards = {path.name for path in sharded.glob("model-0*.safetensors")}
+        wanted = {*shards, "config.json", "tokenizer.json", "model.safetensors.index.json"}
+        assert len(shards) > 1 and set(stand_in.downloads) == {inside + file for file in wanted}
 
 
 def test_every_public_id_describes_a_model(tmp_path: Path) -> None:

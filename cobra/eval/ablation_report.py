@@ -205,7 +205,8 @@ def as_dict(ablation: Ablation) -> dict[str, Any]:
 def write(folder: Path, ablation: Ablation) -> None:
     """Write ablation.md, ablation.json and ablation.png."""
     write_text(folder / "ablation.json", json.dumps(as_dict(ablation), indent=2) + "\n")
-    write_text(folder / "ablation.md", f"# The ablation in miniature\n\n{report(ablation)}\n\n{_PICTURE}\n")
+    text = report(ablation).replace("### ", "## ")
+    write_text(folder / "ablation.md", f"# The ablation in miniature\n\n{_PICTURE}\n\n{text}\n")
     _plot(folder / "ablation.png", ablation)
 
 

@@ -14,6 +14,7 @@ from cobra.errors import CheckpointError
 from cobra.eval.benchmark import Question
 from cobra.hub import resolve_file, resolve_model_folder, resolve_weights
 from cobra.loading import check_overrides, find_model, settings
+from cobra.models.hugging_face import is_hugging_face
 from cobra.models.pretrained import unwrapped, weights_name
 from cobra.models.public import CHECKPOINT, is_public_run, public_config
 from cobra.models.readers import read_weights
@@ -44,12 +45,13 @@ def model_fingerprint(
     folder = find_model(name)
     if is_sharded(folder):
         found = _of_checkpoint(folder)
+    elif is_hugging_face(folder):  # its weights may be in shards
+        found = files_fingerprint(sorted(folder.glob("*.safetensors")), folder)
     elif is_public_run(folder):
         found = _of_public_run(folder, overrides.get("vision"), overrides.get("llm"))
     else:
         folder = resolve_model_folder(folder)
-        weights, config = [folder / "model.safetensors"], settings_files(folder)
-        found = {"model": files_digest(weights), "model config": files_digest(config)}
+        found = files_fingerprint([folder / "model.safetensors"], folder)
     return found | {key: _with_digests(given) for key, given in overrides.items()}
 
 
@@ -106,6 +108,11 @@ def _with_digests(node: Any) -> Any:
 def _content(name: Any) -> Any:
     path = Path(str(name)).expanduser()
     return f"content {files_digest(_files(path))}" if path.exists() else name
+
+
+def files_fingerprint(weights: Sequence[Path], folder: Path) -> dict[str, str]:
+    """Return digests of weight files, and of the settings beside them."""
+    return {"model": files_digest(weights), "model config": files_digest(settings_files(folder))}
 
 
 def settings_files(folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from cobra.api import load
 from cobra.errors import CheckpointError, ConfigError
 from cobra.eval import fingerprint
 from cobra.eval.engine import Answerer
-from cobra.eval.fingerprint import files_digest, settings_files
+from cobra.eval.fingerprint import files_fingerprint
 from cobra.integrations.transformers import hub_commit, load_transformers
 
 TRANSFORMERS = "transformers:"
@@ -91,7 +91,7 @@ def _transformers_fingerprint(name: str) -> dict[str, str]:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise CheckpointError(f"{TRANSFORMERS}{name}: no *.safetensors in {folder.absolute()}; nothing else is read.")
-    return {"model": files_digest(weights), "model config": files_digest(settings_files(folder))}
+    return files_fingerprint(weights, folder)
 
 
 def _factory(name: str) -> Any:

@@ -228,11 +228,13 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # its own name, as a folder of the user's or of another process may have any that could be guessed
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are for their owner alone
+    mask = _umask()
+    temporary.chmod(0o777 & ~mask)  # mkdtemp's folders are for their owner alone
     try:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o666 & ~mask)  # as are safetensors' files
                 flush_to_disk(file)
         old = temporary.with_name(f"{temporary.name}.old")
         if folder.exists():

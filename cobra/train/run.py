@@ -13,9 +13,10 @@ from cobra.config import PretrainConfig, as_config, as_dict
 from cobra.data.dataset import ConversationDataset, open_data
 from cobra.data.loader import iterate
 from cobra.data.sampler import BatchPlan, check_world_size
-from cobra.errors import DataError
+from cobra.errors import CheckpointError, DataError
 from cobra.hub import resolve_file, resolve_model, resolve_model_folder
 from cobra.models.build import build_model, set_trainable
+from cobra.models.hugging_face import is_hugging_face
 from cobra.models.lora import attach_adapters, merged_state
 from cobra.models.public import is_public_run, load_public_run
 from cobra.models.vlm import CobraVLM, check_vocabulary
@@ -140,6 +141,10 @@ def _initial_model(config: PretrainConfig) -> CobraVLM:
 def _start_folder(name: str) -> Path:
     """Return the folder that `init_from` names: a run in the public layout, or a model of ours."""
     folder = resolve_model(name)
+    if is_hugging_face(folder):
+        raise CheckpointError(
+            f"init_from={name} is in Hugging Face's form. Turn it back: cobra convert {name} FOLDER --to cobra"
+        )
     return folder if is_public_run(folder) else resolve_model_folder(folder)
 
 

@@ -257,8 +257,10 @@ def _(kit: Kit) -> None:
 def _(kit: Kit) -> None:
     from _launch import _errors_in_one_line
 
+    submitit = pytest.importorskip("submitit")
+    kit.monkeypatch.setenv("PATH", str(kit.tmp))
     with _errors_in_one_line("pretrain"):
-        raise RuntimeError('Could not detect "srun", are you indeed on a slurm cluster?')
+        submitit.SlurmExecutor(kit.tmp)
 
 
 # Models and weights

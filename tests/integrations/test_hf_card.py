@@ -47,6 +47,10 @@ def test_results_stand_in_the_card(small_model_config: ModelConfig, results: Pat
     found = [(one.dataset_type, one.metric_value) for one in card.data.eval_results or []]
     assert sorted(found) == [("pope", 57.5), ("pope", 58.43), ("vsr", 57.5), ("vsr", 58.43)]
     assert "| VSR | 1,222 | official | 58.43 | 55.10 - 61.20 |" in card.text
+    small = RESULT | {"columns": {"VSR": RESULT["columns"]["VSR"] | {"reference": 57.5, "is_whole": False}}}
+    (results / "vsr" / "tiny" / "results.json").write_text(json.dumps(small))
+    text = model_card(small_model_config, results)
+    assert "| VSR (other questions) | 1,222" in text and "type: vsr-other-questions" in text and "type: pope\n" in text
     assert "model-index" not in model_card(small_model_config, None)
 
 
@@ -59,6 +63,9 @@ def test_results_of_other_kinds_are_refused(small_model_config: ModelConfig, res
         model_card(small_model_config, tmp_path / "empty")
     (results / "vsr" / "tiny" / "results.json").write_text(json.dumps(RESULT | {"model": "runs/other"}))
     with pytest.raises(DataError, match=r"several models \(runs/other, runs/tiny\)"):
+        model_card(small_model_config, results)
+    (results / "vsr" / "tiny" / "results.json").write_text(json.dumps(RESULT | {"columns": {"VSR": {}}}))
+    with pytest.raises(DataError, match="not as evaluations write them"):
         model_card(small_model_config, results)
     (results / "vsr" / "tiny" / "results.json").write_text("{}")
     with pytest.raises(DataError, match="lacks benchmark, model, columns"):

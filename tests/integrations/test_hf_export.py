@@ -17,12 +17,14 @@ from torch import Tensor
 import cobra
 from cobra.config import ModelConfig, ProjectorConfig, TowerConfig, VisionConfig
 from cobra.convert import convert
-from cobra.errors import CheckpointError, ConfigError
+from cobra.errors import CheckpointError, ConfigError, DataError
+from cobra.eval.fingerprint import model_fingerprint
 from cobra.models.build import build_model, cast_parameters
 from cobra.models.vlm import CobraVLM
 from cobra.models.weights import save_model_folder
 from cobra.text.prompt import IGNORE_INDEX
 from cobra.text.tokenizer import Tokenizer
+from cobra.train.run import _start_folder
 
 transformers = pytest.importorskip("transformers")
 QUESTIONS = ["what is it?", "is there something larger than the red one, or is there nothing?", ""]
@@ -121,11 +123,13 @@ def test_shards_and_16_bits_come_back(small_model: CobraVLM, tokenizer: Tokenize
     kinds = {name.rpartition("mixer.")[2]: parameter.dtype for name, parameter in hf.llm.named_parameters()}
     assert kinds["in_proj.weight"] == torch.bfloat16
     assert kinds["A_log"] == kinds["D"] == kinds["dt_proj.bias"] == torch.float32
+    made_of = model_fingerprint(str(tmp_path / "hf"))
     save_model_folder(small_model, tokenizer.file, tmp_path / "ours")
     convert(str(tmp_path / "hf"), tmp_path / "back", "cobra")
     assert_equal_folders(tmp_path / "ours", tmp_path / "back")
     convert(str(tmp_path / "back"), tmp_path / "hf", "hf", overwrite=True)  # takes the old one's shards away
     assert (tmp_path / "hf" / "model.safetensors").is_file()
+    assert model_fingerprint(str(tmp_path / "hf"))["model"] != made_of["model"]  # evaluations tell files apart
     vlm = cobra.load(tmp_path / "hf", device="cpu")
     assert vlm.generate(None, "what?", max_new_tokens=2) is not None
     with pytest.raises(ConfigError, match="vision and llm have no effect"):
@@ -156,9 +160,11 @@ def test_padding_on_the_left_is_exact_and_elsewhere_refused(
     hf.eval()
     with pytest.raises(ValueError, match="64 each"):
         hf(**{**batch, "pixel_values": batch["pixel_values"][:1]})
+    with pytest.raises(ValueError, match="places for image tokens; pass their pixel_values"):
+        hf.generate(**{name: values for name, values in batch.items() if name != "pixel_values"})
     with torch.no_grad(), pytest.raises(ValueError, match="one token at a time"):
         state = hf(**batch, use_cache=True).cache_params
-        hf(input_ids=batch["input_ids"][:, :2], cache_params=state)
+        hf(input_ids=batch["input_ids"][:, -2:], cache_params=state)  # text
 
 
 def test_loss_and_its_gradient_with_padding_on_the_right(
@@ -190,6 +196,12 @@ def test_what_cannot_be_exported_is_told(
     convert(str(tmp_path / "ours"), tmp_path / "llm", "hf-mamba")
     with pytest.raises(CheckpointError, match="language model alone"):
         convert(str(tmp_path / "llm"), tmp_path / "out", "hf")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "fingerprint.json").write_text('{"model": "0123456789abcdef"}')
+    with pytest.raises(DataError, match="results of other weights"):
+        convert(str(tmp_path / "ours"), tmp_path / "out", "hf", results=tmp_path / "results")
+    with pytest.raises(CheckpointError, match="Turn it back: cobra convert"):
+        _start_folder(str(tmp_path / "hf"))
     file = tmp_path / "hf" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({key: value for key, value in config.items() if key != "projector"}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 from collections.abc import Callable
@@ -51,6 +52,12 @@ def test_model_folder_stands_for_itself(folder: Path) -> None:
     assert config["llm"]["tokenizer"] == "tokenizer.json"
     assert "llm.lm_head.weight" not in load_file(folder / "model.safetensors")  # tied: stored once
     assert sorted(path.name for path in folder.parent.iterdir()) == ["model"]  # nothing temporary is left
+
+
+def test_files_are_readable_for_whom_the_umask_lets(folder: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {oct(file.stat().st_mode & 0o777) for file in folder.iterdir()} == {oct(0o666 & ~mask)}
 
 
 def test_model_folder_cannot_point_outside(folder: Path, tmp_path: Path) -> None:

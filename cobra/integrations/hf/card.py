@@ -29,8 +29,8 @@ answer = model.generate(**inputs, max_new_tokens=128)[0, inputs["input_ids"].sha
 print(processor.decode(answer, skip_special_tokens=True))
 ```
 
-It needs `transformers` (5.23 or newer), `timm` and `torch`. One image per conversation, or none. `python
-scripts/convert.py FOLDER TARGET --to cobra` of the Cobra project turns it back into what `cobra.load` reads.
+It needs `transformers` (5.23 or newer), `timm` and `torch`. One image per conversation, or none. `cobra.load(name)` of
+the Cobra project reads it, too.
 """
 
 
@@ -72,17 +72,28 @@ def _read(folder: Path) -> list[dict[str, Any]]:
     models = sorted({str(evaluation["model"]) for evaluation in evaluations})
     if len(models) > 1:
         raise DataError(f"{folder} holds results of several models ({', '.join(models)}); give the folder of one.")
+    try:
+        _table(evaluations)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder} holds results that are not as evaluations write them ({error!r}).") from None
     return evaluations
 
 
 def _scores(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, int, str, Mapping[str, Any]]]:
     """Return benchmark, column, number of questions, rule and its numbers, for every score there is."""
     return [
-        (evaluation["benchmark"], column, found["questions"], rule, numbers)
+        (*_dataset(evaluation["benchmark"], column, found), found["questions"], rule, numbers)
         for evaluation in evaluations
         for column, found in evaluation["columns"].items()
         for rule, numbers in found["rules"].items()
     ]
+
+
+def _dataset(benchmark: str, column: str, found: Mapping[str, Any]) -> tuple[str, str]:
+    """Return type and name; a part of a known benchmark, or a miniature, must not pass for the benchmark itself."""
+    if found.get("reference") is None or found["is_whole"]:
+        return benchmark, column
+    return f"{benchmark}-other-questions", f"{column} (other questions)"
 
 
 def _index(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -8,6 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import MambaConfig, PreTrainedConfig
+from transformers.utils.versions import require_version
+
+require_version("transformers>=5.23", "pip install -U transformers")  # older ones place images otherwise
 
 
 class CobraConfig(PreTrainedConfig):

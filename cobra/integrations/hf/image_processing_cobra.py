@@ -15,6 +15,9 @@ from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image, make_flat_list_of_images
+from transformers.utils.versions import require_version
+
+require_version("transformers>=5.23", "pip install -U transformers")  # older ones place images otherwise
 
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,

@@ -239,12 +239,15 @@ class CobraMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError("Pass input_ids or inputs_embeds.")
         is_image = input_ids == self.config.image_token_id
         embedded = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # `<image>` may have no row
+        num_places = int(is_image.sum())
         if pixel_values is None:
+            if num_places:
+                raise ValueError(f"input_ids hold {num_places} places for image tokens; pass their pixel_values, too.")
             return embedded
         images = self.get_image_features(pixel_values).to(embedded.dtype)
-        if int(is_image.sum()) != images.shape[0] * images.shape[1]:
+        if num_places != images.shape[0] * images.shape[1]:
             raise ValueError(
-                f"input_ids hold {int(is_image.sum())} places for image tokens, and {images.shape[0]} images have "
+                f"input_ids hold {num_places} places for image tokens, and {images.shape[0]} images have "
                 f"{images.shape[1]} each; make both with the processor."
             )
         return embedded.masked_scatter(is_image.unsqueeze(-1), images)
