@@ -183,7 +183,7 @@ def test_readme_is_followed(scratch: Path, monkeypatch: pytest.MonkeyPatch, caps
                     done.add(name)
     assert {"pretrain", "evaluate", "generate", "convert", "prepare", "cobra.describe"} <= done
     runs = {path.name for path in Path("runs").iterdir() if (path / "model").is_dir()}
-    assert {"tiny", "tiny-align", "tiny-aligned", "tiny-run.seed-2", "again", "mine"} <= runs
+    assert {"tiny", "tiny-run.seed-2", "again", "mine"} <= runs
     assert json.loads(Path("results/easyvqa/tiny/results.json").read_text())["num_questions"] == 4
     shown = capsys.readouterr().out
     assert "Settings (key=value)" in shown and "cobra-3b" in shown  # of --help and cobra.describe
