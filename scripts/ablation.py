@@ -54,13 +54,13 @@ def main() -> None:
     log = logging.getLogger("cobra")
     try:
         found = read(given.results, given.rule)
-        print(ablation_report.report(found))
         output = given.output or given.results
         ablation_report.write(output, found)
         log.info("Wrote %s.", output / "ablation.md")
         if given.page is not None:
             ablation_report.update_page(given.page, found)
             log.info("Renewed %s.", given.page)
+        print(ablation_report.report(found))
     except (CobraError, OSError) as error:
         log.error("error: %s", error)
         sys.exit(1)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from cobra.errors import DataError
@@ -26,6 +27,7 @@ _CHANGED = tuple(row for row in ROWS if row != FULL)
 _BOXES = ("RefCOCO", "RefCOCO+", "RefCOCOg")
 _OTHERS = mean_of([column for column in COLUMNS if column not in _BOXES])
 _BOXES_MORE = {**mean_of(_BOXES), **{column: -weight for column, weight in _OTHERS.items()}}
+_FEW = 10  # degrees of freedom
 _EACH = tuple(_CELLS[column] for column in COLUMNS)
 
 
@@ -96,27 +98,50 @@ def _all_of(verdicts: list[Verdict]) -> Verdict:
 
 def report(ablation: Ablation) -> str:
     """Return tables and sentences as Markdown, without a title."""
-    return "\n".join([*_accuracies(ablation), *_differences(ablation), *_findings(ablation), *_remarks(ablation)])
+    return "\n".join([*_accuracies(ablation), *_differences(ablation), *_findings(ablation)])
 
 
 def _accuracies(ablation: Ablation) -> list[str]:
     rows = [
-        [LABELS[row], *(_with_span(ablation.accuracy(row, columns)) for columns in _CELLS.values())] for row in ROWS
+        [
+            LABELS[row],
+            ", ".join(ablation.runs.get(row, ())) or "none",
+            *(_with_span(ablation.accuracy(row, columns)) for columns in _CELLS.values()),
+        ]
+        for row in ROWS
     ]
-    rows.append(["questions", *(f"{len(ablation.questions.get(column, ())):,}" for column in COLUMNS), ""])
-    text = f"Accuracy in percent by the {ablation.rule} rule, mean over seeds, with 95 % intervals."
-    return ["### Accuracy", "", text, "", *table(["", *_CELLS], rows)]
+    rows.append(["questions", "", *(f"{len(ablation.questions.get(column, ())):,}" for column in COLUMNS), ""])
+    text = f"Accuracy in percent by the {ablation.rule} rule, mean over seeds, with 95 % intervals. "
+    missing = [f"{LABELS[row]}, seed {seed}: {', '.join(columns)}" for row, seed, columns in _missing(ablation)]
+    lines = ["### Accuracy", "", *_wrapped(text + _how_sure(ablation)), ""]
+    lines += [*_wrapped(f"Not there: {'; '.join(missing)}."), ""] if missing else []
+    return [*lines, *table(["", "seeds", *_CELLS], rows, num_names=2)]
+
+
+def _how_sure(ablation: Ablation) -> str:
+    freedom = ablation.spread(_CELLS["mean"])[1]
+    if not freedom:
+        return (
+            "**No row has two seeds: the intervals are of the questions alone.** How much another seed would change is "
+            "not in them, so all that is said below is about these trainings only."
+        )
+    return (
+        "The intervals hold the questions' part (a bootstrap over images, the same for all rows) and the seeds' part "
+        f"(one spread for all rows, with {freedom} degrees of freedom{': barely known' if freedom < _FEW else ''})."
+    )
 
 
 def _differences(ablation: Ablation) -> list[str]:
     rows: list[list[str]] = []
     for row in _CHANGED:
-        found = [ablation.difference(row, columns) for columns in _CELLS.values()]
-        rows.append([LABELS[row], *map(_difference, found)])
+        rows.append([LABELS[row], *(_difference(ablation.difference(row, columns)) for columns in _CELLS.values())])
         theirs = [paper_sum({row: 1, FULL: -1}, columns) for columns in _CELLS.values()]
         rows.append(["*in the paper*", *(f"*{value:+.1f}*" for value in theirs)])
-    text = "Row minus full on the same questions, in percent points; bold where the interval leaves 0 out."
-    return ["### Differences from the full model", "", text, "", *table(["", *_CELLS], rows)]
+    text = (
+        "Row minus full on the same questions, in percent points; bold where the interval leaves 0 out. The paper's "
+        f"({SOURCE}) are of other questions and of models thousands of times larger."
+    )
+    return ["### Differences from the full model", "", *_wrapped(text), "", *table(["", *_CELLS], rows)]
 
 
 def _findings(ablation: Ablation) -> list[str]:
@@ -126,34 +151,12 @@ def _findings(ablation: Ablation) -> list[str]:
         "as the paper's is outside, and *cannot be told* if it is inside too. A finding about several differences "
         "appears where all do, and does not where one does not."
     )
-    return ["### The paper's findings", "", rule, "", *(f"* {found.sentence}" for found in find(ablation)), ""]
+    sentences = [line for found in find(ablation) for line in _wrapped(f"* {found.sentence}")]
+    return ["### The paper's findings", "", *_wrapped(rule), "", *sentences]
 
 
-def _remarks(ablation: Ablation) -> list[str]:
-    freedom = ablation.spread(_CELLS["mean"])[1]
-    if freedom:
-        text = (
-            "Intervals hold the questions' part (a bootstrap over images, the same for all rows) and the seeds' part "
-            f"(one spread for all rows, with {freedom} degrees of freedom{_FEW if freedom < 10 else ''}). One such "
-            "interval in 20 is expected to miss the truth."
-        )
-    else:
-        text = (
-            "**No row has two seeds: the intervals are of the questions alone.** How much another seed would "
-            "change is not in them, so no verdict here is more than one about these trainings."
-        )
-    lines = ["### How sure this is", "", text, ""]
-    lines += [f"* Seeds of {LABELS[row]}: {', '.join(ablation.runs.get(row, ())) or 'none'}" for row in ROWS]
-    missing = [f"{LABELS[row]}, seed {seed}: {', '.join(columns)}" for row, seed, columns in _missing(ablation)]
-    lines += ["", "Not there: " + "; ".join(missing) + "."] if missing else []
-    return [
-        *lines,
-        "",
-        f"The paper's numbers are of other questions and of models thousands of times larger ({SOURCE}).",
-    ]
-
-
-_FEW = ": barely known"
+def _wrapped(text: str) -> list[str]:
+    return wrap(text, 120, subsequent_indent="  " if text.startswith("* ") else "", break_on_hyphens=False)
 
 
 def _missing(ablation: Ablation) -> Iterator[tuple[str, str, list[str]]]:
