@@ -9,14 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hydra
 import numpy as np
 import pytest
 import torch
 import yaml
+from omegaconf import open_dict
 from PIL import Image
 
 import cobra
-from cobra.config import EvaluateConfig, PathsConfig, PretrainConfig
+from cobra.config import EvaluateConfig, PathsConfig, PretrainConfig, as_config
 from cobra.errors import CheckpointError, ConfigError
 from cobra.eval.benchmarks.easyvqa import EasyVQA
 from cobra.eval.run import evaluate
@@ -27,6 +29,7 @@ from cobra.models.vlm import CobraVLM
 from cobra.text.tokenizer import Tokenizer
 from cobra.train.run import pretrain
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TOLERANCE = 1e-4
 VISION_ID, LLM_ID = "dinosiglip-vit-so-384px", "mamba-2.8b-zephyr"
 QUESTION = "What color is the circle in the picture?"
@@ -243,6 +246,27 @@ def test_public_run_is_evaluated(public: PublicRun, named: Path, tmp_path: Path)
         assert row["prediction"] == vlm.generate(question.image, question.text, max_new_tokens=benchmark.max_new_tokens)
     assert evaluate(config, benchmark) == scores
     assert json.loads((folder / "results.json").read_text())["asked_now"] == 0
+
+
+def test_public_run_is_evaluated_with_parts_named_by_the_command(public: PublicRun, tmp_path: Path) -> None:
+    """Its ids stand for nothing here, so that `vision=` and `llm=` must have reached fingerprint and model."""
+    pytest.importorskip("easy_vqa")
+    vision = tmp_path / "vision.yaml"
+    vision.write_text(yaml.safe_dump(public.vision))
+    llm = ", ".join(f"{key}: {value}" for key, value in public.llm.items())
+    settings = [f"load={public.folder}", f"vision={vision}", f"llm={{{llm}}}", f"output={tmp_path}", "limit=6"]
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = hydra.compose("evaluate", [*settings, "benchmark=easyvqa", "device=cpu"])
+    with open_dict(composed):
+        del composed.benchmark
+    benchmark = EasyVQA(folder=str(tmp_path / "easyvqa"))
+    evaluate(as_config(EvaluateConfig, composed), benchmark)
+    asked, vlm = {question.id: question for question in benchmark.questions()}, public.load()
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 6
+    for row in rows:
+        question = asked[row["question_id"]]
+        assert row["prediction"] == vlm.generate(question.image, question.text, max_new_tokens=benchmark.max_new_tokens)
 
 
 def test_training_starts_from_a_public_run(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -62,3 +63,12 @@ def greedy(lm: MambaLM, ids: Sequence[int], count: int, end_id: int = NO_END) ->
             break
         answer.append(token)
     return answer
+
+
+def by_row(steps: Iterable[list[tuple[int, int]]]) -> dict[int, list[int]]:
+    """Join what `decode` yields to the answers by row."""
+    answers: dict[int, list[int]] = defaultdict(list)
+    for step in steps:
+        for row, token in step:
+            answers[row].append(token)
+    return answers

@@ -70,7 +70,7 @@ class TestCheckpointing:
     def test_only_training_recomputes(self, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
         lm = make_lm()
         lm.checkpoint_activations(1)
-        monkeypatch.setattr("cobra.models.mamba.checkpoint", lambda *_, **__: pytest.fail("recomputed"))
+        monkeypatch.setattr("cobra.models.mamba_block.checkpoint", lambda *_, **__: pytest.fail("recomputed"))
         lm.train(mode != "eval")
         with torch.set_grad_enabled(mode != "no_grad"):
             self.run(lm)

@@ -28,7 +28,7 @@ def test_blocks_recompute_in_every_stage(
         recomputed.append(function)
         return checkpoint(function, *args, **kwargs)
 
-    monkeypatch.setattr("cobra.models.mamba.checkpoint", noted)
+    monkeypatch.setattr("cobra.models.mamba_block.checkpoint", noted)
     overrides = [*small_overrides(tmp_path), f"train.stage={stage}", f"data.annotations={small_data.captions}"]
     pretrain(tiny_config(*overrides, "parallel.recompute=1", "train.max_steps=1"))
     assert recomputed
