@@ -54,6 +54,18 @@ def test_shell_completion(line: str, offered: list[str], not_offered: list[str],
     assert set(offered) <= set(words) and not set(not_offered) & set(words)
 
 
+@pytest.mark.parametrize("name", ["chat", "generate"])
+def test_a_script_is_called_by_its_own_name_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cobra import __main__ as program
+
+    ran: list[str] = []
+    monkeypatch.setattr(program.runpy, "run_path", lambda path, run_name: ran.append(Path(path).name))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["cobra", name, "model=x"])
+    program.main()
+    assert ran == ["generate.py"] and sys.argv == ["cobra", "model=x"]
+
+
 def test_own_configs_are_found(
     scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -17,6 +17,7 @@ from zipfile import ZipFile
 import pytest
 import yaml
 
+import cobra
 from cobra.data.toy import Toy
 from cobra.data.toy import prepare as prepare_toy
 
@@ -95,6 +96,7 @@ def test_commands_have_a_line_each(run: Run) -> None:
         (line,) = [line for line in shown.splitlines() if line.split()[:1] == [command]]
         assert len(line.split()) > 4, line
     assert "make_toy" not in shown
+    assert run("cobra", "--version").stdout.strip() == cobra.__version__
     mistake = run("cobra", "evalute")
     assert mistake.returncode == 1 and "Did you mean 'evaluate'?" in mistake.stderr and mistake.stderr.count("\n") == 1
 
