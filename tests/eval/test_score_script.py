@@ -193,8 +193,9 @@ def test_everything_missing_is_listed(tmp_path: Path, name: str) -> None:
         configured(name, tmp_path).questions()
     lines = str(error.value).splitlines()
     count = {"vqav2": 3, "textvqa": 3, "pope": 4, "refcoco": 7}.get(name, 2)
-    assert f"lacks {count} of what is needed" in lines[0] and len(lines) == 1 + 2 * count
-    assert all("http" in line for line in lines[2::2])
+    assert f"lacks {count} of what is needed" in lines[0] and len(lines) == 2 + 2 * count
+    assert all("http" in line for line in lines[2:-1:2])
+    assert lines[-1] == f"All of it comes with: cobra prepare benchmark={name} data_root={tmp_path}"
 
 
 @pytest.mark.parametrize(
