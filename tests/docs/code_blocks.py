@@ -74,6 +74,20 @@ def commands(block: Block) -> Iterator[Command]:
         joined = ""
 
 
+def commands_in_sentences(page: Path) -> Iterator[Command]:
+    """Yield what sentences and tables of a page name in full: with arguments, and nothing left for the reader."""
+    name = page.relative_to(ROOT).as_posix()
+    for token in MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8")):
+        for part in token.children or []:
+            words = tuple(part.content.split())
+            num_name_words = 2 if words[:1] == ("cobra",) else 1  # `cobra convert` is a name, `cobra --help` shows
+            is_full = len(words) > num_name_words or words[1:] == ("--help",)
+            if part.type == "code_inline" and is_full and not re.search(r"\.\.\.|NAME|<", part.content):
+                line = token.map[0] + 1 if token.map is not None else 0
+                if script(words) is not None:
+                    yield Command(Block(name, line, "bash", part.content, None), line, words)
+
+
 def simple_commands(line: str) -> Iterator[tuple[str, ...]]:
     """Split what `;`, `&&`, `||` and `|` join, and leave out what is the shell's own."""
     words = shlex.shlex(line, posix=True, punctuation_chars=True)

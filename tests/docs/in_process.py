@@ -26,7 +26,7 @@ PLUGINS = {
     "hydra/sweeper=optuna": "hydra_plugins.hydra_optuna_sweeper",
     "hydra/launcher=submitit_slurm": "hydra_plugins.hydra_submitit_launcher",
 }
-SHOWS = {"--help", "-h", "--cfg", "--info", "-sc"}  # something, and runs nothing
+SHOWS = {"--help", "-h", "--cfg", "--info", "-sc", "-m cobra.ops"}  # something, and runs nothing
 
 # Two steps, so that a model is there; what it answers says nothing.
 SMALL_TRAINING = [
@@ -45,16 +45,17 @@ class Checked(BaseException):
 @contextmanager
 def as_new() -> Iterator[pytest.MonkeyPatch]:
     """What scripts change for all of a process is put back behind them."""
-    log = logging.getLogger("cobra")
-    level = log.level
+    levels = {log: log.level for log in (logging.getLogger(), logging.getLogger("cobra"))}
     with pytest.MonkeyPatch.context() as changes:
-        changes.syspath_prepend(str(ROOT / "scripts"))
+        for folder in ("benchmarks", "scripts"):
+            changes.syspath_prepend(str(ROOT / folder))
         changes.setenv("HYDRA_FULL_ERROR", "1")
         changes.setattr(sys, "argv", sys.argv)
         try:
             yield changes
         finally:
-            log.setLevel(level)
+            for log, level in levels.items():
+                log.setLevel(level)
             GlobalHydra.instance().clear()
             HydraConfig.instance().cfg = None
             if "_configs" in sys.modules:
@@ -91,7 +92,8 @@ def check(script: str, arguments: list[str]) -> None:
     """
     with as_new() as changes:
         stop_at_the_door(changes)
-        if not SHOWS & {*arguments}:
+        is_show = bool(SHOWS & {script, *arguments})
+        if not is_show:
             compose_once(changes)
         for single in single_runs(script, arguments):
             try:
@@ -99,7 +101,7 @@ def check(script: str, arguments: list[str]) -> None:
             except Checked:
                 continue
             assert code == 0, f"ends with exit code {code}"
-            assert SHOWS & {*single}, "does not check its settings"
+            assert is_show, "does not check its settings"
 
 
 def stop_at_the_door(changes: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from code_blocks import PAGES, ROOT, Block, Command, blocks, commands, script
+from code_blocks import PAGES, ROOT, Block, Command, blocks, commands, commands_in_sentences, script
 from in_process import SMALL_TRAINING, check, run
 
 import cobra
@@ -55,6 +55,7 @@ def test_block_says_what_it_is(block: Block) -> None:
 
 
 COMMANDS = [command for block in in_language("bash") for command in commands(block)]
+COMMANDS += [command for page in PAGES for command in commands_in_sentences(page)]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
