@@ -80,8 +80,8 @@ def commands_in_sentences(page: Path) -> Iterator[Command]:
     for token in MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8")):
         for part in token.children or []:
             words = tuple(part.content.split())
-            num_name_words = 2 if words[:1] == ("cobra",) else 1  # `cobra convert` is a name, `cobra --help` shows
-            is_full = len(words) > num_name_words or words[1:] == ("--help",)
+            # `cobra convert` and `python scripts/convert.py` are names.
+            is_full = len(words) > 2 or words[1:] == ("--help",)
             if part.type == "code_inline" and is_full and not re.search(r"\.\.\.|NAME|<", part.content):
                 line = token.map[0] + 1 if token.map is not None else 0
                 if script(words) is not None:

@@ -101,7 +101,7 @@ def own_configs(folder_with_configs: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def config_name(block: Block) -> str | None:
     """`train/mine` for a block that begins with `# configs/train/mine.yaml`."""
-    found = re.match(r"# configs/(.+)\.yaml\n", block.text)
+    found = re.match(r"(?:# @package .+\n)?# configs/(.+)\.yaml\n", block.text)
     return found[1] if found else None
 
 

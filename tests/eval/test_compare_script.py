@@ -151,7 +151,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, write: Callable[...,
 
     refused("two runs or more", first)
     refused("named twice", first, first)
-    refused("nobody is no evaluation: .*evaluate.py", first, "nobody")
+    refused("nobody is no evaluation: .*cobra evaluate", first, "nobody")
     refused("no scores by the rule 'mine'; it has official, paper", first, other, rule="mine")
     lines = (other / "scores.jsonl").read_text()
     (other / "scores.jsonl").write_text(lines.replace('"0.png"', '"other.png"'))
