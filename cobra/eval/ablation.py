@@ -101,20 +101,20 @@ class Ablation:
             parts.setdefault(scored.part, []).append(scored.score)
         return 100 * fmean(map(fmean, parts.values()))
 
-    def of_seeds(self, row: str, columns: Weights) -> list[float]:
+    def of_seeds(self, row: str, columns: Weights) -> dict[str, float]:
         """Return a weighted sum of columns for each seed of a row that has all of them."""
-        return [
-            sum(weight * found[column] for column, weight in columns.items())
-            for found in self.accuracies.get(row, {}).values()
+        return {
+            seed: sum(weight * found[column] for column, weight in columns.items())
+            for seed, found in self.accuracies.get(row, {}).items()
             if columns.keys() <= found.keys()
-        ]
+        }
 
     def spread(self, columns: Weights) -> tuple[float, int]:
         """Return the variance among seeds of a weighted sum of columns, and its degrees of freedom.
 
         Two seeds say next to nothing about their own spread, so that of all rows is taken for each.
         """
-        groups = [values for row in self.runs if len(values := self.of_seeds(row, columns)) > 1]
+        groups = [list(found.values()) for row in self.runs if len(found := self.of_seeds(row, columns)) > 1]
         freedom = sum(len(values) - 1 for values in groups)
         squares = sum((value - fmean(values)) ** 2 for values in groups for value in values)
         return squares / max(1, freedom), freedom
@@ -130,13 +130,14 @@ class Ablation:
             return None
         means = np.zeros(len(next(iter(self._redrawn.values()))))
         for (row, weight), (column, share) in product(rows.items(), columns.items()):
-            means = means + weight * share * self._redrawn[row, column]
+            for seed in by_seed[row]:  # those alone that `ours` is of
+                means = means + weight * share / len(by_seed[row]) * self._redrawn[row, seed, column]
         variance, freedom = self.spread(columns)
         if freedom:
             of_mean = variance * sum(weight**2 / len(by_seed[row]) for row, weight in rows.items())
             means = with_seeds(means, of_mean, freedom)
         return Estimate(
-            ours=sum(weight * fmean(by_seed[row]) for row, weight in rows.items()),
+            ours=sum(weight * fmean(by_seed[row].values()) for row, weight in rows.items()),
             interval_95=central_95(means),
             paper=paper_sum(rows, columns),
         )
@@ -154,8 +155,8 @@ class Ablation:
         return self.estimate({row: 1, against: -1}, columns)
 
     @cached_property
-    def _redrawn(self) -> dict[tuple[str, str], NDArray[np.float64]]:
-        """(row, column) -> percent on redrawn sets of images, the mean of the row's seeds."""
+    def _redrawn(self) -> dict[tuple[str, str, str], NDArray[np.float64]]:
+        """(row, seed, column) -> percent on redrawn sets of images."""
         cells: list[tuple[str, str]] = []  # column, question
         images: list[str] = []
         parts: list[tuple[str, str]] = []
@@ -164,19 +165,19 @@ class Ablation:
             cells += [(column, one) for one in ids]
             images += [anyone.columns[column][one].image for one in ids]
             parts += [(column, anyone.columns[column][one].part) for one in ids]
-        rows = list(self.runs)
-        means = redrawn([[self._score(row, *cell) for cell in cells] for row in rows], images, parts)
+        runs = [(row, seed, run) for row, of_row in self.runs.items() for seed, run in of_row.items()]
+        means = redrawn([[_score(run, *cell) for cell in cells] for *_, run in runs], images, parts)
         names = list(dict.fromkeys(parts))
         return {
-            (row, column): 100 * np.nanmean(means[:, i, [name[0] == column for name in names]], axis=1)
-            for i, row in enumerate(rows)
+            (row, seed, column): 100 * np.nanmean(means[:, i, [name[0] == column for name in names]], axis=1)
+            for i, (row, seed, run) in enumerate(runs)
             for column in self.questions
-            if any(column in run.columns for run in self.runs[row].values())
+            if column in run.columns
         }
 
-    def _score(self, row: str, column: str, question: str) -> float:
-        found = [run.columns[column][question].score for run in self.runs[row].values() if column in run.columns]
-        return fmean(found) if found else float("nan")
+
+def _score(run: Run, column: str, question: str) -> float:
+    return run.columns[column][question].score if column in run.columns else float("nan")
 
 
 def paper_sum(rows: Weights, columns: Weights) -> float:

@@ -119,15 +119,16 @@ def _accuracies(ablation: Ablation) -> list[str]:
 
 
 def _how_sure(ablation: Ablation) -> str:
-    freedom = ablation.spread(_CELLS["mean"])[1]
-    if not freedom:
+    low, *_, high = sorted(ablation.spread(columns)[1] for columns in _CELLS.values())
+    if not high:
         return (
             "**No row has two seeds: the intervals are of the questions alone.** How much another seed would change is "
             "not in them, so all that is said below is about these trainings only."
         )
+    found = f"{high} degrees of freedom" if low == high else f"{low} to {high} degrees of freedom, by column"
     return (
         "The intervals hold the questions' part (a bootstrap over images, the same for all rows) and the seeds' part "
-        f"(one spread for all rows, with {freedom} degrees of freedom{': barely known' if freedom < _FEW else ''})."
+        f"(one spread for all rows, with {found}{': barely known' if low < _FEW else ''})."
     )
 
 

@@ -93,6 +93,20 @@ def test_accuracy_is_the_mean_of_parts_and_of_columns(tmp_path: Path) -> None:
     assert found.paper == pytest.approx((88.4 + 58.4) / 2) and found.interval_95[1] <= 100
 
 
+def test_interval_is_of_the_seeds_that_the_number_is_of(tmp_path: Path) -> None:
+    """A second seed of which one benchmark is evaluated so far: no part of a mean over benchmarks."""
+    for row in ("tiny-full", "tiny-siglip"):
+        evaluate(tmp_path, 0, row, first(30), ("vsr", "pope"))
+    evaluate(tmp_path, 1, "tiny-siglip", first(0), ("vsr",))
+    ablation = read(tmp_path, "official")
+    found = ablation.difference("tiny-siglip", mean_of(["VSR", "POPE"]))
+    assert found is not None and (found.ours, *found.interval_95) == pytest.approx((0, 0, 0))
+    alone = ablation.difference("tiny-siglip", {"VSR": 1})
+    assert alone is not None and alone.ours == pytest.approx(-37.5)
+    text = " ".join(ablation_report.report(ablation).split())
+    assert "with 0 to 1 degrees of freedom, by column: barely known" in text and "No row has two seeds" not in text
+
+
 def test_rows_that_answer_alike_differ_by_nothing(tmp_path: Path) -> None:
     """Differences are paired: what the questions do to both rows is not in the interval."""
     for row in ("tiny-full", "tiny-ldpv2"):
