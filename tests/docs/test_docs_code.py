@@ -214,4 +214,4 @@ def test_other_tests_start_what_does_not_end() -> None:
 
 def test_followed_pages_have_their_tests() -> None:
     for page, test in FOLLOWED.items():
-        assert (ROOT / page).is_file() <= Path(__file__).with_name(test).is_file()
+        assert (ROOT / page).is_file() and Path(__file__).with_name(test).is_file()
