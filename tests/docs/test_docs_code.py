@@ -207,11 +207,6 @@ def made_small(name: str, arguments: list[str]) -> list[str]:
     return small
 
 
-def test_other_tests_start_what_does_not_end() -> None:
-    for name, test in STARTED_BY.items():
-        assert f'"{name}"' in (ROOT / test).read_text()
-
-
 def test_followed_pages_have_their_tests() -> None:
     for page, test in FOLLOWED.items():
         assert (ROOT / page).is_file() and Path(__file__).with_name(test).is_file()
