@@ -41,6 +41,9 @@ class ImageState:
 
     state: MambaState
 
+    def __repr__(self) -> str:
+        return f"ImageState({len(self)} image{'s' * (len(self) != 1)}, {self.state!r})"
+
     def __len__(self) -> int:
         return self.state.batch_size
 
@@ -76,6 +79,10 @@ class Cobra:
         self.tokenizer = tokenizer
         self.name = name
         self.prompt = prompt_format(model.config.llm.prompt)
+
+    def __repr__(self) -> str:
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        return f"Cobra({self.name!r}, {count:,} parameters on {self.model.device})"
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write a model folder, whole or not at all, that `cobra.load` reads; return it.
@@ -217,8 +224,10 @@ class Cobra:
         """Return the token id of each choice.
 
         Raises:
-            ConfigError: there are no choices, or one is not a single token of this model's tokenizer.
+            ConfigError: choices is no list or empty, or one is not a single token of this model's tokenizer.
         """
+        if isinstance(choices, str):
+            raise ConfigError(f"score needs a list of choices, such as ['Yes', 'No'], not the text {choices!r}.")
         if not choices:
             raise ConfigError("score needs at least one choice, such as ['Yes', 'No'].")
         return [self.tokenizer.single_id(choice) for choice in choices]

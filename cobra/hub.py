@@ -181,10 +181,10 @@ def resolve_model_folder(name: str | Path) -> Path:
             f"{folder} looks like a run of the public release, but lacks {' and '.join(missing)}; fetch it, or give "
             "the checkpoint that you mean this name."
         )
-    if (folder / "checkpoints").is_dir():
+    if any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl")):
         raise CheckpointError(
-            f"The run in {folder} has not finished: it has checkpoints but no model/ yet. Start the same command again "
-            "to go on from its last checkpoint."
+            f"The run in {folder} has not finished: there is no model/ yet. If it is training now, wait; else start "
+            "the same command again, which goes on from its last checkpoint."
         )
     raise CheckpointError(
         f"{folder} is neither a run folder nor a model folder (config.json + model.safetensors), nor a run of the "

@@ -7,6 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
+import _environment  # noqa: F401
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import _environment  # noqa: F401
 import _submitit
 import hydra
 from _configs import CONFIGS, find_own_configs, find_own_modules, groups
@@ -277,6 +278,7 @@ def _check_command_line(config_name: str, names: list[str]) -> tuple[list[str], 
 
     Returns: the keys that a --multirun sweeps over, and the settings of each of the benchmarks.
     """
+    _check_options()
     arguments = get_args_parser().parse_args()
     find_own_configs(arguments.config_dir)
     if arguments.help:  # shows the settings as composed, which needs every mandatory choice
@@ -314,6 +316,20 @@ def _check_command_line(config_name: str, names: list[str]) -> tuple[list[str], 
     except HydraException as error:
         hint = f" ({benchmark}: settings go to each of the benchmarks.)" if benchmark else ""
         _fail(_explain_override(str(error), config_name, benchmark) + hint)
+
+
+def _check_options() -> None:
+    """Refuse options that Hydra does not have under this very name.
+
+    argparse takes beginnings of names: `--experiment` would be Hydra's --experimental-rerun, which reads a pickle and
+    so runs whatever is in it. That one is refused in full, too: --rerun repeats a run.
+    """
+    known = {name for action in get_args_parser()._actions for name in action.option_strings} - {"--experimental-rerun"}
+    for argument in sys.argv[1:]:
+        name = argument.split("=", 1)[0]
+        if name.startswith("--") and name not in known:
+            plus = "+" * (name == "--experiment")
+            _fail(f"There is no option {name}. Settings are written without dashes: {plus}{name[2:]}=...")
 
 
 def _check_outputs(parsed: list[Override], swept: list[str]) -> None:
@@ -363,7 +379,10 @@ def _explain_override(message: str, config_name: str, benchmark: str = "") -> st
 
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     if lines[0].startswith("You must specify"):
-        return f"{lines[0]} Choose one of: {', '.join(lines[2:])}."
+        return (
+            "Name a benchmark: benchmark=NAME, several as benchmark=NAME,NAME, or benchmark=all. "
+            f"Choose from: {', '.join(lines[2:])}."
+        )
     wrong = re.search(r"Could not override '(?:.*: )?([^'@]+)|Key '([^']+)' is not in struct", lines[0])
     if wrong is None:
         return lines[0]

@@ -232,6 +232,7 @@ def test_wrong_use_is_refused(vlm: cobra.Cobra, paths: list[Path], server: str, 
         (DataError, "http://\\[: Invalid", lambda: generate(vlm, "http://[")),
         (DataError, "~no-such-user/a.png", lambda: generate(vlm, "~no-such-user/a.png")),
         (ConfigError, "single tokens", lambda: vlm.score(paths[0], PROMPT, ["Perhaps"])),
+        (ConfigError, "a list of choices", lambda: vlm.score(paths[0], PROMPT, "Yes")),
         (ConfigError, "temperature=-1", lambda: generate(vlm, paths[0], temperature=-1)),
         (ConfigError, "top_p=0", lambda: generate(vlm, paths[0], top_p=0)),
         (ConfigError, "seed holds 3", lambda: generate(vlm, paths, seed=[1, 2, 3])),
@@ -401,3 +402,9 @@ def test_numpys_whole_numbers_are_numbers(vlm: cobra.Cobra, paths: list[Path]) -
 def test_prompts_that_are_no_text_are_refused(vlm: cobra.Cobra, prompt: Any) -> None:
     with pytest.raises(ConfigError, match=r"A prompt is text|no character"):
         vlm.generate(None, prompt)
+
+
+def test_what_a_prompt_shows_is_one_line(vlm: cobra.Cobra, paths: list[Path]) -> None:
+    states = vlm.encode_image(paths[:2])
+    assert repr(states).startswith("ImageState(2 images, MambaState(rows=2, layers=") and len(repr(states)) < 100
+    assert f"{sum(p.numel() for p in vlm.model.parameters()):,} parameters on cpu" in repr(vlm)

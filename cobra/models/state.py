@@ -45,6 +45,10 @@ class MambaState:
         if not self.ssm:
             raise ShapeError("A state has no layers; give it conv and ssm tensors of at least one.")
 
+    def __repr__(self) -> str:
+        size = sum(tensor.nbytes for tensor in (*self.conv, *self.ssm))
+        return f"MambaState(rows={self.batch_size}, layers={len(self.ssm)}, {size / 1024:,.0f} KiB)"
+
     @property
     def batch_size(self) -> int:
         """Number of rows."""

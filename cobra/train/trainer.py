@@ -108,10 +108,13 @@ class Trainer:
         self._set_modes()
         profile_folder = self.run_folder / "profile"
         with bar, stop_signals(stop), profiled(train.profile, profile_folder, self.ranks.rank) as profile_step:
+            first = self.progress.step
             try:
                 while self.progress.step < self.num_steps:
                     batches, counts = self._next(steps)
                     loss, grad_norm, exit_code = self._step(batches, counts, stop)
+                    if self.progress.step == first + 1:
+                        bar.unpause()  # compiling kernels takes long, and says nothing about the time that is left
                     window.add(counts, loss)
                     profile_step()
                     is_last = self.progress.step == self.num_steps

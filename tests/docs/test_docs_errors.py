@@ -171,6 +171,14 @@ def _(kit: Kit) -> str:
     return done.stdout.strip()
 
 
+@provokes("Outside the environment")
+def _(kit: Kit) -> str:
+    program = [sys.executable, "-S", str(ROOT / "scripts" / "evaluate.py"), "benchmark=easyvqa"]
+    done = subprocess.run(program, cwd=kit.tmp, capture_output=True, text=True)
+    assert done.returncode == 1
+    return done.stderr.strip()
+
+
 def without(kit: Kit, *packages: str) -> None:
     """Make some packages look as if they were not installed."""
     find = util.find_spec
@@ -231,6 +239,11 @@ def _(kit: Kit) -> None:
 @provokes("A misspelt setting")
 def _(kit: Kit) -> None:
     kit.command("pretrain", "train.max_stepz=3")
+
+
+@provokes("Settings with dashes")
+def _(kit: Kit) -> None:
+    kit.command("pretrain", "--experiment", "tiny")
 
 
 @provokes("A misspelt choice")

@@ -143,3 +143,20 @@ def test_sweep_into_one_folder_is_refused_before_the_first_evaluation(
     with pytest.raises(SystemExit):
         _check_command_line("evaluate", [])
     assert "output=out is one folder for all evaluations of this sweep" in caplog.text
+
+
+@pytest.mark.parametrize("option", ["--experiment", "--exp", "--experimental-rerun", "--experimental-rerun="])
+def test_no_option_reads_a_pickle(
+    scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, option: str
+) -> None:
+    """Hydra has one, and takes beginnings of its name for it."""
+    from _launch import launch
+
+    file = tmp_path / "run.pkl"
+    file.write_bytes(b"cposix\nmkdir\n(S'" + str(tmp_path / "was_run").encode() + b"'\ntR.")
+    words = [option + str(file)] if option.endswith("=") else [option, str(file)]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
+    with pytest.raises(SystemExit):
+        launch("pretrain", lambda _: pytest.fail("was run"))
+    assert "There is no option --exp" in caplog.text
+    assert not (tmp_path / "was_run").exists()
