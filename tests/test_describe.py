@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cobra.config import PretrainConfig
 from cobra.describe import build_on_meta, describe
-from cobra.describe.__main__ import main
 from cobra.describe.flops import block_matmul_flops, head_flops
 from cobra.describe.memory import BANDWIDTHS, block_activation_bytes
 from cobra.describe.meta import count
@@ -365,12 +364,3 @@ class TestCommand:
         assert result.returncode == 1 and result.stdout == ""
         (line,) = result.stderr.splitlines()
         assert line.startswith("error: There is no 'tinny'") and "Did you mean 'tiny'?" in line
-
-    def test_needs_a_clone(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        monkeypatch.setattr("cobra.describe.__main__.__file__", str(tmp_path / "cobra" / "describe" / "__main__.py"))
-        monkeypatch.setattr("sys.argv", ["describe"])
-        with pytest.raises(SystemExit):
-            main()
-        assert f"a clone of the repository, and there is none around {tmp_path}" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -166,7 +167,9 @@ def _(kit: Kit) -> str:
     old.chmod(0o755)
     (kit.tmp / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
     (kit.tmp / "pyproject.toml").touch()
-    done = subprocess.run(["make", f"PYTHON={old}", "demo"], cwd=kit.tmp, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", f"PYTHON={old}", "demo"], cwd=kit.tmp, capture_output=True, text=True
+    )
     assert done.returncode != 0
     return done.stdout.strip()
 
@@ -185,7 +188,7 @@ def without(kit: Kit, *packages: str) -> None:
     hidden = dict.fromkeys(packages)
     for name in hidden:
         kit.monkeypatch.setitem(sys.modules, name, None)
-    for place in ("importlib.util.find_spec", "cobra.data.easyvqa.find_spec", "serve.find_spec"):
+    for place in ("importlib.util.find_spec", "cobra.data.easyvqa.find_spec", "cobra.runtime.find_spec"):
         kit.monkeypatch.setattr(place, lambda name, *more: None if name in hidden else find(name, *more), raising=False)
 
 
@@ -197,8 +200,7 @@ def _(kit: Kit) -> None:
 
 @provokes("The server, the page or W&B is not installed")
 def _(kit: Kit) -> None:
-    from serve import main
-
+    main = runpy.run_path(str(ROOT / "scripts" / "serve.py"))["main"]  # `serve` is a package of tests, too
     without(kit, "fastapi", "uvicorn")
     main(OmegaConf.create({"load": "runs/tiny"}))
 

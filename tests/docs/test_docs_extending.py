@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "extending.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PATH_ABOVE = re.compile(r"`([\w./-]+)`:\s*$")  # for files that have no comments
-PATH_INSIDE = re.compile(r"# ([\w./-]+\.(?:py|yaml))\n")
+PATH_INSIDE = re.compile(r"(# @package .+\n)?# ([\w./-]+\.(?:py|yaml))\n")
 
 # One process runs many commands: most of the time of each is the import of its libraries.
 DRIVER = """
@@ -77,7 +77,7 @@ def read_page() -> dict[str, Section]:
             elif language == "text":
                 section.lines += content.splitlines()
             elif named:
-                section.files[named.group(1)] = content[named.end() :]
+                section.files[named.group(2)] = (named.group(1) or "") + content[named.end() :]
             else:
                 above = PATH_ABOVE.search(part[: block.start()])
                 assert above, f"the page does not say where this file is:\n{content}"

@@ -151,7 +151,10 @@ def test_chat_in_a_terminal(
     chat.type("\x1b[A\x1b[A\x1b[A and how\r")  # three lines up
     chat.wait_for("[7 tokens in ")
     chat.wait_for("> ")
-    chat.type("half a line\x03")
+    chat.type("half a line")
+    chat.wait_for("half a line")
+    chat.look()  # readline does not see a Ctrl-C that comes while it draws the prompt
+    chat.type("\x03")
     chat.wait_for("> ")
     chat.type("/help\r")
     chat.wait_for("/save FILE")

@@ -196,7 +196,12 @@ EXPECTED = {  # patches, width of each tower
 
 
 def test_every_vision_config_is_expected() -> None:
-    assert {file.stem for file in (CONFIGS / "model" / "vision").glob("*.yaml")} == {*EXPECTED, "tiny", "toy"}
+    assert {file.stem for file in (CONFIGS / "model" / "vision").glob("*.yaml")} == {
+        *EXPECTED,
+        "tiny",
+        "toy",
+        "toy-siglip",
+    }
 
 
 @pytest.mark.parametrize("name", EXPECTED)
