@@ -147,8 +147,8 @@ def _watch(processes: Sequence[Process], forwarded: set[int]) -> int:
     for _ in processes:
         rank = ended.get()
         code = processes[rank].returncode
-        if -code in forwarded:  # before it could handle the signal; there was nothing to save yet
-            code = STOPPED_EARLY
+        if -code in forwarded:  # before it could handle the signal: nothing to save yet, and the others wait for it
+            return STOPPED_EARLY
         if code not in CALM:
             raise _failure(rank, len(processes), code)
         codes.append(code)
