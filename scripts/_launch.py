@@ -19,7 +19,7 @@ import _environment  # noqa: F401
 import _submitit
 import hydra
 from _configs import CONFIGS, find_own_configs, find_own_modules, groups
-from _ranks import watch_parent
+from _ranks import follow_parent, is_started_rank
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -69,7 +69,7 @@ NINE: tuple[str, ...] = (
 
 def launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     """Run `main(composed config)` for the command line; every error of Cobra's or Hydra's ends in one clear line."""
-    watch_parent()
+    follow_parent()
     _setup_logging()
     find_own_modules()
     rerun = _take_option("--rerun") if config_name in ("pretrain", "evaluate") else None
@@ -129,7 +129,8 @@ class Task:
         if self.benchmarks:
             OmegaConf.set_struct(cfg, False)
             cfg.benchmark = self.benchmarks
-        return self.main(cfg)
+        with _as_interrupted():  # in here, as a job is requeued by an Interrupted
+            return self.main(cfg)
 
 
 @contextmanager
@@ -167,18 +168,35 @@ def _errors_in_one_line(config_name: str) -> Iterator[None]:
         _leave(1)
 
 
+class _Stopped(BaseException):
+    """Of a signal. No `except Exception` of a library, while it is imported for example, may take it for its own."""
+
+
+@contextmanager
+def _as_interrupted() -> Iterator[None]:
+    from cobra.errors import Interrupted
+
+    try:
+        yield
+    except _Stopped as stopped:
+        raise Interrupted(str(stopped)) from None
+
+
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """Until the training itself takes care of them, let SIGTERM and SIGUSR1 end the process as calmly as Ctrl-C."""
-    from cobra.errors import Interrupted
+    if is_started_rank():  # they end it at once, and its parent says so
+        yield
+        return
 
     def stop(number: int, _frame: object) -> None:
-        raise Interrupted(f"Stopped by {signal.Signals(number).name}; the same command goes on.")
+        raise _Stopped(f"Stopped by {signal.Signals(number).name}; the same command goes on.")
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
-        yield
+        with _as_interrupted():
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -73,10 +73,20 @@ def run_ranks(config: Mapping[str, Any], count: int, script: Path) -> None:
         raise Interrupted("", code)  # rank 0 has said it
 
 
-def watch_parent() -> None:
-    """In a rank: end at once when the process that started it is gone, however that one ended."""
-    if WATCHES_PARENT in os.environ:
+def is_started_rank() -> bool:
+    """Whether this process is a rank that `run_ranks` has started."""
+    return WATCHES_PARENT in os.environ
+
+
+def follow_parent() -> None:
+    """In a started rank: end at once when its parent is gone, however that one ended, and at a signal from it.
+
+    Python's own handlers would never run while the rank waits for another one in C++. Training sets handlers that save.
+    """
+    if is_started_rank():
         threading.Thread(target=_end_with_stdin, daemon=True).start()
+        for number in FORWARDED:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _end_with_stdin() -> None:
@@ -134,7 +144,7 @@ def _forwarding_signals(processes: Sequence[Process]) -> Iterator[set[int]]:
 
 
 def _watch(processes: Sequence[Process], forwarded: set[int]) -> int:
-    """Wait until all ranks have left calmly and return their exit code; the first failure ends the wait."""
+    """Wait until all ranks have left calmly and return their exit code; the first other end ends the wait."""
     ended: Queue[int] = Queue()
 
     def wait(rank: int) -> None:
@@ -147,8 +157,9 @@ def _watch(processes: Sequence[Process], forwarded: set[int]) -> int:
     for _ in processes:
         rank = ended.get()
         code = processes[rank].returncode
-        if -code in forwarded:  # before it could handle the signal: nothing to save yet, and the others wait for it
-            return STOPPED_EARLY
+        if -code in forwarded:  # it did not handle the signal: nothing is to be saved, and the others may wait for it
+            exit_code = CTRL_C if -code == signal.SIGINT else STOPPED_EARLY
+            raise Interrupted(f"Stopped by {signal.Signals(-code).name}; the same command goes on.", exit_code)
         if code not in CALM:
             raise _failure(rank, len(processes), code)
         codes.append(code)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from cobra.config import TowerConfig, VisionConfig, nearest
-from cobra.errors import ConfigError, Interrupted, ShapeError
+from cobra.errors import ConfigError, ShapeError
 from cobra.models.image import ImageTransform
 
 logger = logging.getLogger(__name__)
@@ -139,8 +139,6 @@ def _create(config: TowerConfig) -> nn.Module:
     arguments = {"pretrained": False, "num_classes": 0, "img_size": config.image_size}
     try:
         model = timm.create_model(config.timm, **(dict(config.args) | arguments))
-    except Interrupted:
-        raise
     except Exception as error:  # timm checks no arguments: a wrong one fails wherever it is used first
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, KeyError):

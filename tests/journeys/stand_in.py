@@ -26,6 +26,9 @@ def main(cfg: DictConfig) -> None:
         return
     from cobra.ranks import joined
 
+    if config.run.name == "late" and os.environ["RANK"] == "1":  # while rank 0 waits for it
+        (Path(config.paths.runs) / "1.late").touch()
+        time.sleep(600)
     with joined(config.parallel.device, config.parallel.timeout_minutes) as ranks:
         folder = Path(config.paths.runs) / config.run.name
         folder.mkdir(parents=True, exist_ok=True)

@@ -132,6 +132,20 @@ def test_signal_during_the_start_is_a_calm_end(start: Start, tmp_path: Path) -> 
     assert code in (75, -signal.SIGUSR1) and "Traceback" not in messages, messages
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_while_a_rank_waits_for_another_ends_both(start: Start, tmp_path: Path, number: signal.Signals) -> None:
+    """The wait is in C++, where a handler written in Python is never called."""
+    process = start("late")
+    while not (tmp_path / "1.late").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    time.sleep(3)  # rank 0 is as far by now, and waits
+    process.send_signal(number)
+    code, messages = end_of(process, timeout=60)
+    assert code == (130 if number == signal.SIGINT else 75), messages
+    assert messages.splitlines() == [f"Stopped by {number.name}; the same command goes on."]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ranks_end_with_a_killed_parent(start: Start, tmp_path: Path) -> None:
     process = start("endless")
