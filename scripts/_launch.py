@@ -71,6 +71,11 @@ def launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     """Run `main(composed config)` for the command line; every error of Cobra's or Hydra's ends in one clear line."""
     follow_parent()
     _setup_logging()
+    with _ending_at_ctrl_c():
+        _launch(config_name, main)
+
+
+def _launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     find_own_modules()
     rerun = _take_option("--rerun") if config_name in ("pretrain", "evaluate") else None
     for alias, name in (_ALIASES.get(config_name, {}) | _SYNONYMS.get(config_name, {})).items():
@@ -183,6 +188,18 @@ def _as_interrupted() -> Iterator[None]:
 
 
 @contextmanager
+def _ending_at_ctrl_c() -> Iterator[None]:
+    """Until the work begins, let Ctrl-C end the process without the traceback of an import."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # else it may be ignored, in the background of a shell
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def _stoppable() -> Iterator[None]:
     """Until the training itself takes care of them, let SIGTERM and SIGUSR1 end the process as calmly as Ctrl-C."""
     if is_started_rank():  # they end it at once, and its parent says so
@@ -194,6 +211,8 @@ def _stoppable() -> Iterator[None]:
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
     before = {number: signal.signal(number, stop) for number in numbers}
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with _as_interrupted():
             yield
