@@ -15,7 +15,7 @@ from cobra.errors import CobraError, ConfigError
 from cobra.generation.options import GenerateOptions
 
 HELP = """\
-/image PATH|URL   begin a new conversation about an image; without one: about nothing
+/image PATH|URL   begin a new conversation about an image; without one: with no image
 /reset            forget the conversation, keep the image
 /save FILE        write the conversation to FILE.md or FILE.json
 /help             this list

@@ -51,10 +51,16 @@ def test_space_is_counted_for_what_is_not_there(
     assert told_gigabytes(tmp_path, monkeypatch) == "8.0 GB"
 
 
-def test_dry_run_adds_up_what_hosts_say(host: Mirror, manifests: Path, tmp_path: Path) -> None:
+def test_dry_run_adds_up_what_hosts_say(
+    host: Mirror, manifests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     host.files["images.zip"] += bytes(60_000_000)
     text = plan.describe([manifest.load_manifest("mini")], tmp_path)
     assert "Still needed: 0.1 GB" in text  # the archive and what it holds
+    assert "too little" not in text
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**8}))
+    text = plan.describe([manifest.load_manifest("mini")], tmp_path)
+    assert text.endswith("free: 0.1 GB. That is too little: nothing would be fetched.")
 
 
 def test_archives_that_are_not_kept_come_one_by_one(host: Mirror, manifests: Path, tmp_path: Path) -> None:

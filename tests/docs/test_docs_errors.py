@@ -112,10 +112,10 @@ class Kit:
 
     def command(self, *words: str) -> None:
         """Check a command line as the scripts do before they begin."""
-        from _launch import _check_command_line
+        from _command_line import check
 
         self.monkeypatch.setattr(sys, "argv", ["x.py", *words[1:]])
-        _check_command_line(words[0], [])
+        check(words[0], [])
 
 
 @pytest.fixture(scope="session")

@@ -241,7 +241,7 @@ def make(folder: Path, python: str, *arguments: str) -> tuple[int, list[list[str
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_ablation_composes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from _launch import _renamed
+    from _command_line import renamed
 
     code, commands = make(tmp_path, "exit 0", "SEEDS=4 7")
     assert code == 0 and commands.pop() == ["scripts/ablation.py"]
@@ -262,7 +262,7 @@ def test_make_ablation_composes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         else:
             rest = [f"model={trained[-1]}", "paths.results=results/ablation/seed-4"]
             assert [script, *overrides] == ["scripts/evaluate.py", "benchmark=all", "data_root=data/toy", *rest]
-    overrides = [_renamed(_renamed(word, "model", "load"), "data_root", "paths.data") for word in overrides[1:]]
+    overrides = [renamed(renamed(word, "model", "load"), "data_root", "paths.data") for word in overrides[1:]]
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         hydra.compose("evaluate", overrides=["benchmark=vsr", *overrides])
     wanted = {*ROWS, "tiny-align"}

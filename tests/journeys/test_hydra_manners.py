@@ -134,14 +134,14 @@ def test_sweep_into_one_folder_is_refused_before_the_first_evaluation(
     arguments: list[str],
     refused: bool,
 ) -> None:
-    from _launch import _check_command_line
+    from _command_line import check
 
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
     if not refused:
-        _check_command_line("evaluate", [])
+        check("evaluate", [])
         return
     with pytest.raises(SystemExit):
-        _check_command_line("evaluate", [])
+        check("evaluate", [])
     assert "output=out is one folder for all evaluations of this sweep" in caplog.text
 
 

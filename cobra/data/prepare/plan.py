@@ -85,9 +85,8 @@ def describe(manifests: Sequence[Manifest], root: Path, *, keep_archives: bool =
             lines += [f"  {'':26}  from {url}" for url in file.urls]
             lines += [f"  {'':26}  {file.manual}"] * (file.manual is not None)
     total, free = _needed_bytes(manifests, root, keep_archives, asked), _free_bytes(root)
-    lines.append(
-        f"Still needed: {total / 10**9:,.1f} GB as far as known, archives included; free: {free / 10**9:,.1f} GB."
-    )
+    room = f"{free / 10**9:,.1f} GB." + (" That is too little: nothing would be fetched." if total > free else "")
+    lines.append(f"Still needed: {total / 10**9:,.1f} GB as far as known, archives included; free: {room}")
     return "\n".join(lines)
 
 
