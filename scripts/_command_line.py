@@ -8,11 +8,11 @@ from typing import Any
 
 import _environment  # noqa: F401
 import hydra
-from _configs import CONFIGS, find_own_configs, groups
+from _configs import CONFIGS, choices, find_own_configs, groups, typed_group
 from _leaving import fail, is_one_of_several
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 
@@ -26,19 +26,14 @@ ALIASES = {
     "prepare": {"data": "sets", "benchmark": "benchmarks", "data_root": "paths.data", "--dry-run": "dry_run=true"},
 }
 # Other spellings, understood and never shown.
-_SYNONYMS = {"evaluate": {"benchmark.limit": "limit", "benchmark.subset": "subset"}}
+_SYNONYMS = {
+    "pretrain": {"data_root": "paths.data"},
+    "evaluate": {"benchmark.limit": "limit", "benchmark.subset": "subset"},
+}
 # What makes a config with mandatory choices compose when only its keys matter.
 _SOME_CHOICE = {"evaluate": ["benchmark=easyvqa"], "score": ["benchmark=gqa"]}
 
-NINE: tuple[str, ...] = (
-    "vqav2",
-    "gqa",
-    "vizwiz",
-    "textvqa",
-    "vsr",
-    "pope",
-    "refcoco",
-)  # the paper's benchmarks; refcoco is three
+NINE: tuple[str, ...] = ("vqav2", "gqa", "vizwiz", "textvqa", "vsr", "pope", "refcoco")  # refcoco is three
 
 
 def use_own_names(config_name: str) -> None:
@@ -49,7 +44,7 @@ def use_own_names(config_name: str) -> None:
 
 def renamed(argument: str, alias: str, name: str) -> str:
     """Put the setting's name for its alias. A flag stands for the whole setting; several names become a list."""
-    if argument == alias:
+    if argument == alias and alias.startswith("--"):
         return name
     key, separator, value = argument.partition("=")
     if key != alias or not separator:
@@ -64,29 +59,32 @@ def unaliased(message: str, config_name: str) -> str:
     return message
 
 
-def take_option(name: str) -> str | None:
-    """Remove `name VALUE` or `name=VALUE` from the command line and return VALUE."""
+def take_rerun() -> str | None:
+    """Remove `--rerun FILE` or `--rerun=FILE` from the command line and return FILE."""
     for i, argument in enumerate(sys.argv):
-        if argument == name and i + 1 < len(sys.argv):
+        if argument.startswith("--rerun="):
+            return sys.argv.pop(i).removeprefix("--rerun=")
+        if argument == "--rerun":
+            if i + 1 == len(sys.argv):
+                fail("--rerun needs a run folder's config.yaml: --rerun runs/tiny/config.yaml")
             del sys.argv[i]
             return sys.argv.pop(i)
-        if argument.startswith(f"{name}="):
-            return sys.argv.pop(i).removeprefix(f"{name}=")
     return None
 
 
 def take_benchmarks() -> list[str]:
     """Of `benchmark=all`, `benchmark=[a,b]` or `benchmark=a,b`, return the names and leave the first one's to Hydra.
 
-    A --multirun is a sweep, with a run of its own for each.
+    A --multirun is a sweep, with a run of its own for each. Of two such settings the last one counts, as in Hydra.
     """
-    place = next((i for i, argument in enumerate(sys.argv) if argument.startswith("benchmark=")), None)
+    *earlier, place = [None, *(i for i, argument in enumerate(sys.argv) if argument.startswith("benchmark="))]
     if place is None:
         return []
     text = sys.argv[place].removeprefix("benchmark=").strip("[]")
     names = list(NINE) if text == "all" else list(dict.fromkeys(name.strip() for name in text.split(",")))
     is_sweep = bool({"--multirun", "-m"} & set(sys.argv))
     sys.argv[place] = f"benchmark={','.join(names) if is_sweep else names[0]}"
+    sys.argv = [argument for i, argument in enumerate(sys.argv) if i not in earlier]
     return [] if is_sweep or len(names) == 1 else names
 
 
@@ -178,10 +176,15 @@ def _one_value(override: Override) -> str:
     text = override.input_line or ""
     if not override.is_sweep_override():
         return text
-    value = override.value()
+    key, value = text.split("=", 1)[0], override.value()
     if isinstance(value, IntervalSweep):  # for a sweeper that searches
-        return f"{text.split('=', 1)[0]}={value.start}"
-    return f"{text.split('=', 1)[0]}={next(iter(override.sweep_string_iterator()))}"
+        return f"{key}={value.start}"
+    if isinstance(value, Glob):
+        fitting = value.filter(choices(override.key_or_group))
+        if not fitting:
+            fail(f"{text}: nothing fits; there are {', '.join(choices(override.key_or_group)) or 'no choices'}.")
+        return f"{key}={fitting[0]}"
+    return f"{key}={next(iter(override.sweep_string_iterator()))}"
 
 
 def _explain_missing(error: MissingConfigException) -> str:
@@ -200,17 +203,19 @@ def explain_override(message: str, config_name: str, benchmark: str = "") -> str
 
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     if lines[0].startswith("You must specify"):
-        return (
-            "Name a benchmark: benchmark=NAME, several as benchmark=NAME,NAME, or benchmark=all. "
-            f"Choose from: {', '.join(lines[2:])}."
-        )
+        several = ", several as benchmark=NAME,NAME, or benchmark=all" * (config_name == "evaluate")
+        return f"Name a benchmark: benchmark=NAME{several}. Choose from: {', '.join(lines[2:])}."
     wrong = re.search(r"Could not override '(?:.*: )?([^'@]+)|Key '([^']+)' is not in struct", lines[0])
     if wrong is None:
         return lines[0]
-    choices = [benchmark] if benchmark else _SOME_CHOICE.get(config_name, [])
+    chosen = [benchmark] if benchmark else _SOME_CHOICE.get(config_name, [])
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config: Any = OmegaConf.to_container(hydra.compose(config_name, overrides=choices))
+        config: Any = OmegaConf.to_container(hydra.compose(config_name, overrides=chosen))
     name = wrong.group(1) or wrong.group(2)
-    if name in groups():
+    typed = typed_group(name, config_name) if name in groups() else None
+    if typed == f"+{name}":
         return f"'{name}' is not chosen by default, so it is added with a plus: +{name}=..."
-    return f"There is no setting or group '{name}'.{nearest(name, [*flatten(config), *config, *groups()])}"
+    if typed not in (None, name):
+        return f"'{name}' is written {typed}=... here."
+    known = [*flatten(config), *config, *groups(), *ALIASES.get(config_name, {})]
+    return f"There is no setting or group '{name}'.{nearest(name, known)}"

@@ -11,6 +11,7 @@ import _environment  # noqa: F401
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 OWN = Path("configs")  # of the working directory
@@ -62,3 +63,21 @@ def groups() -> list[str]:
     """Return the config groups of all folders, such as `model/llm`."""
     paths = [path.relative_to(folder) for folder in config_folders() for path in folder.rglob("*") if path.is_dir()]
     return [path.as_posix() for path in paths]
+
+
+def choices(group: str) -> list[str]:
+    """Return the names of a group's configs."""
+    return sorted({file.stem for folder in config_folders() for file in (folder / group).glob("*.yaml")})
+
+
+def typed_group(group: str, config_name: str) -> str | None:
+    """Return how a group is chosen on a script's command line; None: it changes nothing there.
+
+    What the defaults choose is written as they do, such as `benchmark@validation.benchmark`; pretrain takes more.
+    """
+    defaults = OmegaConf.load(CONFIGS / f"{config_name}.yaml").defaults
+    written = {key.split("@")[0]: key for entry in defaults if entry != "_self_" for key in entry}
+    top = group.split("/")[0]
+    if top == "cli" or (top not in written and config_name != "pretrain"):
+        return None
+    return written.get(group, group if top in written else f"+{group}")

@@ -9,8 +9,7 @@ from io import StringIO
 
 import _environment  # noqa: F401
 from _command_line import ALIASES
-from _configs import CONFIGS
-from omegaconf import OmegaConf
+from _configs import typed_group
 
 
 def show_help(config_name: str, run: Callable[[], object]) -> None:
@@ -22,18 +21,15 @@ def show_help(config_name: str, run: Callable[[], object]) -> None:
 
 def readable(page: str, config_name: str) -> str:
     """Return Hydra's page without the groups that change nothing here."""
-    before, groups, after = re.split(r"(?<=\n)(Groups .*?\n\n)(?=Settings)", page, maxsplit=1, flags=re.DOTALL)
-    heading, *lines = groups.strip().splitlines()
-    kept = [line for line in lines if line and _applies(line.split(":")[0], config_name)]
+    parts = re.fullmatch(r"(.*?)\n*\nGroups [^\n]*\n(.*)\nSettings (.*)", page, flags=re.DOTALL)
+    if parts is None:  # of another template
+        return page
+    before, groups, after = parts.groups()
+    lines = [line.partition(":") for line in groups.splitlines() if line]
+    kept = [f"  {typed}:{choices}" for group, _, choices in lines if (typed := typed_group(group, config_name))]
     if kept:
-        before += "\n".join([heading, "", *kept, "", ""])
+        before += "\n".join(["\n\nGroups (group=choice)", *kept])
     for alias, name in ALIASES.get(config_name, {}).items():
         after = re.sub(rf"^{re.escape(name)}:", f"{alias}:", after, flags=re.MULTILINE)
-    return before + re.sub(r": \?\?\?$", ": (must be given)", after, flags=re.MULTILINE)
-
-
-def _applies(group: str, config_name: str) -> bool:
-    if config_name == "pretrain":  # takes all, and groups of the user's own
-        return group != "cli"
-    defaults = OmegaConf.load(CONFIGS / f"{config_name}.yaml").defaults
-    return group != "cli" and group.split("/")[0] in {key for entry in defaults if entry != "_self_" for key in entry}
+    after = re.sub(r": \?\?\?$", ": (must be given)", after, flags=re.MULTILINE)
+    return f"{before}\n\nSettings {after.rstrip()}\n"

@@ -1,4 +1,4 @@
-"""How every script starts: Hydra composes, the typed door checks, errors are one line."""
+"""How every script starts: Hydra composes, `cobra.config` checks, errors are one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import _environment  # noqa: F401
 import _submitit
 import hydra
-from _command_line import check, explain_override, take_benchmarks, take_option, unaliased, use_own_names
+from _command_line import check, explain_override, take_benchmarks, take_rerun, unaliased, use_own_names
 from _configs import CONFIGS, find_own_modules
 from _help import show_help
 from _leaving import fail, is_one_of_several, leave, this_rank
@@ -52,7 +52,7 @@ def launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
 
 def _launch(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     find_own_modules()
-    rerun = take_option("--rerun") if config_name in ("pretrain", "evaluate") else None
+    rerun = take_rerun() if config_name in ("pretrain", "evaluate") else None
     use_own_names(config_name)
     names = take_benchmarks() if config_name == "evaluate" else []
     if rerun is not None:
@@ -94,22 +94,29 @@ class Task:
                 return self._run(cfg)
 
     def _run(self, cfg: DictConfig) -> Any:
-        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-            _name_sweep_job(cfg, self.swept)
-        if self.benchmarks:
-            OmegaConf.set_struct(cfg, False)
-            cfg.benchmark = self.benchmarks
-        with _as_interrupted():  # in here, as a job is requeued by an Interrupted
+        from cobra.errors import Interrupted
+
+        try:
+            if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+                _name_sweep_job(cfg, self.swept)
+            if self.benchmarks:
+                OmegaConf.set_struct(cfg, False)
+                cfg.benchmark = self.benchmarks
             return self.main(cfg)
+        except _Stopped as stopped:  # in here, as a job is requeued by an Interrupted
+            raise Interrupted(str(stopped)) from None
 
 
 @contextmanager
 def _errors_in_one_line(config_name: str) -> Iterator[None]:
     """End the process with one line and the error's exit code if something fails."""
-    from cobra.errors import CTRL_C, CobraError, Interrupted
+    from cobra.errors import CTRL_C, STOPPED_EARLY, CobraError, Interrupted
 
     try:
         yield
+    except _Stopped as stopped:  # just before or after the work
+        logging.getLogger("cobra").info("%s", stopped)
+        leave(STOPPED_EARLY)
     except Interrupted as error:
         if str(error):
             logging.getLogger("cobra").info("%s", error)
@@ -144,25 +151,16 @@ class _Stopped(BaseException):
 
 
 @contextmanager
-def _as_interrupted() -> Iterator[None]:
-    from cobra.errors import Interrupted
-
-    try:
-        yield
-    except _Stopped as stopped:
-        raise Interrupted(str(stopped)) from None
-
-
-@contextmanager
 def _ending_at_ctrl_c() -> Iterator[None]:
     """Until the work begins, let Ctrl-C end the process without the traceback of an import."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # else it may be ignored, in the background of a shell
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, in the background of a shell
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
@@ -180,8 +178,7 @@ def _stoppable() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with _as_interrupted():
-            yield
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -26,7 +26,7 @@ from cobra.serve.run import Server, listen
 from cobra.serve.service import Service
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
-LANGUAGES = {"bash", "python", "yaml", "json", "text", "markdown", "mermaid"}
+LANGUAGES = {"bash", "python", "yaml", "json", "text", "markdown"}
 NEEDS = {"gpu", "download", "cluster", "account", "install", "clone", "files"}
 # Blocks that need something of these may start programs that are not here.
 ELSEWHERE = {"cluster", "account", "install", "download"}

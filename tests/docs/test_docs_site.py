@@ -67,6 +67,7 @@ def test_site_loads_nothing_from_elsewhere(site: Path) -> None:
         loaded += re.findall(r"<link[^>]*rel=[\"']?(?:stylesheet|preconnect)[^>]*href=[\"']?(https?:[^\"' >]+)", text)
         loaded += re.findall(r"url\([\"']?(https?:[^\"')]+)", text)
         assert not loaded, f"{file.name} loads {loaded}"
+        assert 'class="mermaid"' not in text, f"{file.name}: the theme would fetch the program that draws it"
 
 
 def test_api_page_shows_arguments_errors_and_sources(site: Path) -> None:

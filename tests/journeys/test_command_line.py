@@ -96,8 +96,11 @@ def test_help_shows_groups_and_examples(script: Script, name: str, example: str)
 def test_help_has_only_what_the_script_takes(script: Script) -> None:
     demo, score = (script(name, "--help").stdout for name in ("demo", "score"))
     assert "Groups" not in demo and "\nmodel: (must be given)\n" in demo and "load:" not in demo
-    groups = score.split("Groups (group=choice)\n\n")[1].split("\n\n")[0]
-    assert [line.split(":")[0] for line in groups.splitlines()] == ["benchmark", "paths"]
+    groups = score.split("Groups (group=choice)\n")[1].split("\n\n")[0]
+    assert [line.split(":")[0] for line in groups.splitlines()] == ["  benchmark", "  paths"]
+    pretrain = script("pretrain", "--help").stdout
+    assert "\n  +experiment: " in pretrain and "\n  benchmark@validation.benchmark: " in pretrain
+    assert script("pretrain", "--help", "hydra.help.template=mine").stdout == "mine\n"
 
 
 def the_error(result: subprocess.CompletedProcess[str]) -> str:

@@ -160,3 +160,64 @@ def test_no_option_reads_a_pickle(
         launch("pretrain", lambda _: pytest.fail("was run"))
     assert "There is no option --exp" in caplog.text
     assert not (tmp_path / "was_run").exists()
+
+
+def run_check(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    """Check a script's command line, as it does before it begins."""
+    from _command_line import check, take_benchmarks, use_own_names
+
+    monkeypatch.setattr(sys, "argv", [*words])
+    use_own_names(words[0])
+    check(words[0], take_benchmarks() if words[0] == "evaluate" else [])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("score", "data_root=x"), "Name a benchmark: benchmark=NAME. Choose from"),
+        (("evaluate", "data_root=x"), "Name a benchmark: benchmark=NAME, several as benchmark=NAME,NAME, or"),
+        (("pretrain", "benchmark=pope"), "'benchmark' is written benchmark@validation.benchmark=... here."),
+        (("pretrain", "experiment=tiny"), "so it is added with a plus: +experiment=..."),
+        (("evaluate", "benchmark=gqa", "data_rot=/d"), "Did you mean 'data_root'?"),
+        (("generate", "model"), "Error parsing override 'model'"),
+        (("pretrain", "--multirun", "+experiment=glob(big*)"), "+experiment=glob(big*): nothing fits; there are "),
+    ],
+)
+def test_what_is_wrong_is_said_in_the_words_that_were_typed(
+    scripts: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, words: tuple[str], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        run_check(monkeypatch, *words)
+    assert message in caplog.text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("pretrain", "--multirun", "+experiment=glob(tiny-s*)"),
+        ("evaluate", "--multirun", "benchmark=glob([g*,p*])", "model=a"),
+        ("pretrain", "data_root=/data"),
+    ],
+)
+def test_what_hydra_knows_composes(scripts: None, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
+    run_check(monkeypatch, *words)
+
+
+def test_the_last_of_two_benchmarks_counts(scripts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from _command_line import take_benchmarks
+
+    monkeypatch.setattr(sys, "argv", ["evaluate", "benchmark=gqa,pope", "benchmark=vsr,pope"])
+    assert take_benchmarks() == ["vsr", "pope"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", "benchmark=gqa,pope", "benchmark=vsr"])
+    assert take_benchmarks() == [] and composed("evaluate", *sys.argv[1:]).benchmark.data_root
+
+
+def test_rerun_needs_a_file(scripts: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    from _command_line import take_rerun
+
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--rerun"])
+    with pytest.raises(SystemExit):
+        take_rerun()
+    assert "--rerun needs a run folder's config.yaml" in caplog.text
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--rerun", "a.yaml", "run.seed=1"])
+    assert take_rerun() == "a.yaml" and sys.argv == ["pretrain", "run.seed=1"]
