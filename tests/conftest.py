@@ -19,6 +19,7 @@ import hydra
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image, ImageDraw
 
 from cobra.config import ModelConfig, PretrainConfig, as_config
@@ -32,6 +33,10 @@ CONFIGS = ROOT / "configs"
 
 # The tiny model with its shipped towers and tokenizer, but less of a language model.
 SMALL_MODEL = ["model.llm.d_model=32", "model.llm.num_layers=2", "model.max_length=64", "parallel.device=cpu"]
+
+# The same examples each time, as everywhere else in these tests; `--hypothesis-profile=default` draws new ones.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.load_profile("same")
 
 # One thread where several processes run tests side by side, which is faster; also of the scripts that tests start.
 NUM_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)

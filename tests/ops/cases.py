@@ -65,9 +65,10 @@ def run_with_gradients(
     device: torch.device,
     *,
     upcast: bool = False,
+    seed: int = 1,
     **options: object,
 ) -> dict[str, Tensor]:
-    """Both outputs and the gradients of a fixed random function of both outputs, by name.
+    """Both outputs and the gradients of a random function of both outputs, by name; the seed says of which one.
 
     With `upcast` the same numbers are computed in float64: the truth for any dtype.
     """
@@ -76,7 +77,7 @@ def run_with_gradients(
         for name, t in arguments.items()
     }
     outputs = function(**leaves, **options)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     loss = sum(
         (torch.randn(out.shape, generator=generator).to(device, torch.float64) * out.double()).sum() for out in outputs
     )
@@ -88,11 +89,18 @@ def run_with_gradients(
     return {name: t.detach().cpu() for name, t in results.items()}
 
 
-def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Compare by name; the tolerance is relative to the largest magnitude of each expected tensor."""
+def assert_all_close(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, like: dict[str, Tensor] | None = None
+) -> None:
+    """Compare by name; the tolerance is relative to the largest magnitude of each expected tensor.
+
+    `like` has tensors of the same kind, from another seed. Their magnitudes count as well: where one number is the sum
+    over a whole sequence, its terms may cancel, and what they were rounded by does not get smaller with them.
+    """
     assert actual.keys() == expected.keys()
     for name, want in expected.items():
         got = actual[name].double()
-        scale = max(want.abs().max().item(), 1e-3) if want.numel() else 1.0
+        magnitudes = [of[name].abs().max().item() for of in (expected, like or {}) if name in of and want.numel()]
+        scale = max([*magnitudes, 1e-3])
         error = (got - want.double()).abs().max().item() if want.numel() else 0.0
         assert error <= tolerance * scale, f"{name}: error {error:.3g}, largest magnitude {scale:.3g}"
