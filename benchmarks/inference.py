@@ -258,7 +258,7 @@ def plot(rows: Sequence[Row], models: Sequence[Subject], file: Path) -> None:
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize="small")
     figure.savefig(file, dpi=120)
 
 
