@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
@@ -162,6 +164,21 @@ def test_no_option_reads_a_pickle(
     assert not (tmp_path / "was_run").exists()
 
 
+def test_no_library_takes_a_stop_for_an_error_of_its_own(scripts: None, caplog: pytest.LogCaptureFixture) -> None:
+    from _launch import Task
+
+    def main(_cfg: DictConfig) -> None:
+        with suppress(Exception):  # as many do around an import
+            signal.raise_signal(signal.SIGTERM)
+        pytest.fail("went on")
+
+    before = signal.getsignal(signal.SIGTERM)
+    with caplog.at_level(logging.INFO, "cobra"), pytest.raises(SystemExit) as end:
+        Task("pretrain", main)(DictConfig({}))
+    assert end.value.code == 75 and "Stopped by SIGTERM; the same command goes on." in caplog.text
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def run_check(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     """Check a script's command line, as it does before it begins."""
     from _command_line import check, take_benchmarks, use_own_names
@@ -184,7 +201,11 @@ def run_check(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     ],
 )
 def test_what_is_wrong_is_said_in_the_words_that_were_typed(
-    scripts: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, words: tuple[str], message: str
+    scripts: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    words: tuple[str, ...],
+    message: str,
 ) -> None:
     with pytest.raises(SystemExit):
         run_check(monkeypatch, *words)
